@@ -1,0 +1,45 @@
+"""KV-cache eviction for transformers, on attention that returns every key's cumulative score in O(N) memory.
+
+Importing this package registers the attention implementations `cab` and `eager_with_scores` with transformers.
+"""
+
+from cab_attention.attention import (
+    AttentionImplementation,
+    get_available_implementations,
+    load_model_with_attention,
+)
+from cab_attention.budget import Budget
+from cab_attention.cache import EvictingCache
+from cab_attention.kernels.flash_attention_accumulate import (
+    FlashAttentionWithAccumulation,
+    flash_attention_with_cumulative_scores,
+    get_all_cumulative_scores,
+    replace_attention_with_flash,
+)
+from cab_attention.methods import CAB, H2O, TOVA, Full, Method, Random, SnapKV, StreamingLLM
+from cab_attention.transformers_attention import register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CAB",
+    "H2O",
+    "TOVA",
+    "AttentionImplementation",
+    "Budget",
+    "EvictingCache",
+    "FlashAttentionWithAccumulation",
+    "Full",
+    "Method",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "flash_attention_with_cumulative_scores",
+    "get_all_cumulative_scores",
+    "get_available_implementations",
+    "load_model_with_attention",
+    "register",
+    "replace_attention_with_flash",
+]
+
+register()

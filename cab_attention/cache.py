@@ -1,0 +1,412 @@
+"""EvictingCache: a transformers cache that keeps a method's choice of keys, layer by layer, right after attention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from cab_attention.methods.base import CachedKeys, Method, select_slots
+
+Operator = Callable[..., tuple[Tensor, Tensor]]
+"""Attention with the signature of `flash_attention_with_cumulative_scores`."""
+
+# Attention implementations that hand each layer's keys back to this cache.
+IMPLEMENTATIONS = ("cab", "eager_with_scores")
+
+
+@dataclass
+class Prompt:
+    """Where the prompt ends, in tokens (columns of `input_ids`, padding included). Shared by a cache's layers."""
+
+    tokens: int | None
+    compress_at: int | None
+    sample_ids: tuple[str, ...] | None
+
+    def fix(self, first_forward: int) -> tuple[int, int]:
+        """(tokens, compress_at), the first forward being the whole prompt unless it was said otherwise."""
+        if self.tokens is None:
+            self.tokens = first_forward
+        if self.compress_at is None:
+            self.compress_at = self.tokens
+        return self.tokens, self.compress_at
+
+    def ids(self, n_batch: int) -> tuple[str, ...]:
+        """A sample id a row: those given, one for all rows, or "" for all."""
+        given = self.sample_ids or ("",)
+        if len(given) == 1:
+            return given * n_batch
+        if len(given) != n_batch:
+            raise ValueError(f"EvictingCache got {len(given)} sample ids for a batch of {n_batch}")
+        return given
+
+
+class EvictingLayer(CacheLayerMixin):
+    """The kept keys of one layer.
+
+    Attributes:
+        keys, values: [B, G, kept, D].
+        positions: int64 [B, G, kept], original positions in order (columns of `input_ids`), -1 for an empty slot, at
+            the front.
+        scores: float32 [B, G, kept], what the method observed so far; None if it observes nothing.
+        seen: tokens that went through, kept or not.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    _budget: Tensor  # [B, 1, 1] in tokens, set at the first cut
+    _n_real: Tensor  # [B], real tokens seen
+
+    def __init__(self, method: Method, prompt: Prompt, layer_index: int, sliding_window: int | None) -> None:
+        super().__init__()
+        self.method = method
+        self.prompt = prompt
+        self.layer_index = layer_index
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next forward begins a new sequence."""
+        self.keys = self.values = self.positions = None  # type: ignore[assignment]
+        self.scores: Tensor | None = None
+        self.seen = 0
+        self.is_initialized = False
+        self._has_empty_slots = False
+        self._awaits_attention = False
+        self._recent_queries: Tensor | None = None  # of a prompt fed in chunks, for methods that observe a window
+        self._budget = self._n_real = None  # type: ignore[assignment]
+        self._width = 0  # tokens, of the row with the largest budget
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.positions = torch.empty(*key_states.shape[:2], 0, dtype=torch.int64, device=self.device)
+        self._n_real = torch.zeros(len(key_states), dtype=torch.int64, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add new keys. The returned keys carry this layer to the attention function, which calls `attend`."""
+        if self._awaits_attention:
+            raise RuntimeError(
+                f"layer {self.layer_index}: attention never came back to EvictingCache, so nothing would be evicted. "
+                f"Load the model with attn_implementation in {IMPLEMENTATIONS}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n_batch, n_heads, n_new, _ = key_states.shape
+        new_positions = torch.arange(self.seen, self.seen + n_new, device=self.device)
+        new_positions = new_positions.expand(n_batch, n_heads, n_new)
+        if self.keys.shape[2] == 0:
+            self.keys, self.values, self.positions = key_states, value_states, new_positions
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+            self.positions = torch.cat([self.positions, new_positions], dim=2)
+        self.seen += n_new
+        self._awaits_attention = True
+        # A view: were the stored tensor itself to point here, tensor and layer would hold each other.
+        keys = self.keys.view(self.keys.shape)
+        keys.evicting_layer = self  # type: ignore[attr-defined]
+        return keys, self.values
+
+    def attend(self, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any) -> Tensor:
+        """Attention of the new queries over what is cached, then the eviction that the method asks for.
+
+        Args:
+            operator: computes output and scores.
+            query: [B, H, Q, D].
+            padding: bool [B, >= Q], its last Q columns False where a new token is padding; None if there is none.
+            options: the operator's `scale`, `softcap`, `sliding_window`, `is_causal`.
+
+        Returns:
+            output [B, H, Q, D].
+        """
+        self._awaits_attention = False
+        n_new = query.shape[2]
+        self._mark_padding(padding, n_new)
+        before, (prompt_tokens, compress_at) = self.seen - n_new, self.prompt.fix(self.seen)
+        self._check_step(before, n_new, prompt_tokens, compress_at)
+
+        def observe(query: Tensor, rows: int | None, earlier: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return operator(
+                query,
+                self.keys,
+                self.values,
+                earlier,
+                key_mask=self.positions >= 0 if self._has_empty_slots else None,
+                key_positions=self.positions if self.sliding_window is not None else None,
+                score_queries=rows,
+                per_kv_head=True,
+                **options,
+            )
+
+        method, cut_now = self.method, self.seen == compress_at
+        decoding = before >= prompt_tokens
+        cuts = method.evicts and (cut_now or (decoding and method.evicts_in_decode))
+        if not method.evicts or method.observes == "nothing":
+            output, _ = observe(query, 0)
+        elif method.observes == "all":
+            output, self.scores = observe(query, None, self.scores)
+        elif method.observes == "last":
+            output, self.scores = observe(query, 1 if cuts else 0)
+        else:
+            output = self._observe_window(observe, query, before, compress_at)
+        if cuts:
+            self._evict(extra=prompt_tokens - compress_at)
+        elif self.sliding_window is not None:
+            self._drop_out_of_window(self.sliding_window - 1 + self._kept_for_later_scores(compress_at))
+        if before == 0:  # a view into a larger tensor (a fused projection) must not keep that alive
+            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        return output
+
+    def _mark_padding(self, padding: Tensor | None, n_new: int) -> None:
+        if padding is None:
+            self._n_real = self._n_real + n_new
+            return
+        is_real = padding[:, -n_new:]
+        new_positions = torch.where(is_real[:, None], self.positions[:, :, -n_new:], -1)
+        self.positions = torch.cat([self.positions[:, :, :-n_new], new_positions], dim=2)
+        self._n_real = self._n_real + is_real.sum(-1)
+        self._has_empty_slots = True
+
+    def _check_step(self, before: int, n_new: int, prompt_tokens: int, compress_at: int) -> None:
+        if not self.method.evicts:
+            return
+        for name, end in (("compress_at", compress_at), ("prompt_tokens", prompt_tokens)):
+            if before < end < self.seen:
+                raise ValueError(f"a forward from token {before} to {self.seen} runs over {name}={end}: split it there")
+        if n_new > 1 and before >= prompt_tokens:
+            raise ValueError(
+                f"a forward of {n_new} tokens after the prompt of {prompt_tokens}: for a prompt fed in chunks, or text "
+                "that follows a compressed context, give EvictingCache(prompt_tokens=..., compress_at=...)"
+            )
+
+    def _observe_window(self, observe: Operator, query: Tensor, before: int, compress_at: int) -> Tensor:
+        """Scores of the window's queries, also when the prompt came in chunks shorter than the window."""
+        window = self.method.observation_window()
+        if self.seen > compress_at:
+            return observe(query, 0)[0]
+        if self.seen == compress_at and (before == 0 or query.shape[2] >= window):
+            output, self.scores = observe(query, window)
+            return output
+        output, _ = observe(query, 0)
+        earlier = [] if self._recent_queries is None else [self._recent_queries]
+        self._recent_queries = torch.cat([*earlier, query], dim=2)[:, :, -window:]
+        if self.seen == compress_at:
+            _, self.scores = observe(self._recent_queries, None)
+            self._recent_queries = None
+        return output
+
+    def _kept_for_later_scores(self, compress_at: int) -> int:
+        """Keys before the sliding window that the observed queries, still to be scored, can see."""
+        waiting = self.method.evicts and self.method.observes == "window" and self.seen < compress_at
+        return self.method.observation_window() if waiting else 0
+
+    def _drop_out_of_window(self, reach: int) -> None:
+        """Empty the slots of keys before the last `reach` positions, and free the slots surely empty."""
+        if self.seen <= reach:
+            return
+        self.positions = torch.where(self.positions >= self.seen - reach, self.positions, -1)
+        self._has_empty_slots = True
+        # Positions rise strictly, so only the last `reach` slots can hold a key of the window.
+        if self.keys.shape[2] > reach:
+            last = slice(self.keys.shape[2] - reach, None)
+            self.keys = self.keys[:, :, last].contiguous()
+            self.values = self.values[:, :, last].contiguous()
+            self.positions = self.positions[:, :, last]
+            self.scores = None if self.scores is None else self.scores[:, :, last]
+
+    def _evict(self, extra: int) -> None:
+        if self.sliding_window is not None:
+            self._drop_out_of_window(self.sliding_window - 1)
+        if self._budget is None:
+            self._set_budget()
+        budget, width = self._budget + extra, self._width + extra
+        if self.sliding_window is not None:
+            budget, width = budget.clamp(max=self.sliding_window - 1), min(width, self.sliding_window - 1)
+        if self.keys.shape[2] <= width and not self._has_empty_slots:
+            return  # nothing to drop
+        cached = CachedKeys(
+            keys=self.keys,
+            positions=self.positions,
+            scores=self.scores,
+            budget=budget,
+            layer_index=self.layer_index,
+            sample_ids=self.prompt.ids(self.keys.shape[0]),
+        )
+        slots = select_slots(self.method.priorities(cached), cached.valid, budget, width)
+        source = slots.clamp(min=0)
+        self.keys = _gather(self.keys, source)
+        self.values = _gather(self.values, source)
+        self.positions = self.positions.gather(2, source).masked_fill(slots < 0, -1)
+        if self.scores is not None:
+            self.scores = self.scores.gather(2, source).masked_fill(slots < 0, 0.0)
+
+    def _set_budget(self) -> None:
+        """Resolve the budget, once, on the real tokens of each row when the cache is first cut."""
+        budget = self.method.parsed_budget
+        if isinstance(budget.value, int):
+            rows = [budget.value] * self.keys.shape[0]
+        else:
+            rows = [budget.tokens(n) for n in self._n_real.tolist()]
+        self._budget = torch.tensor(rows, device=self.device)[:, None, None]
+        self._width = max(rows, default=0)
+
+    @property
+    def budget_tokens(self) -> list[int] | None:
+        """The budget in tokens, a row; None before the first cut."""
+        return None if self._budget is None else self._budget.flatten().tolist()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Storage of K and V in bytes."""
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Storage of positions and scores in bytes."""
+        return sum(tensor.nbytes for tensor in (self.positions, self.scores) if tensor is not None)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "positions", "scores", "_recent_queries", "_budget", "_n_real"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, select(tensor))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select_rows(lambda tensor: tensor[indices])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(CANNOT_GO_BACK)
+
+
+CANNOT_GO_BACK = (
+    "EvictingCache cannot be cropped: evicted tokens do not come back. Assisted and speculative decoding need that; "
+    "use greedy, sampling or beam search"
+)
+
+
+class EvictingCache(Cache):
+    """A KV cache that evicts: `model.generate(ids, past_key_values=EvictingCache(model.config, method))`.
+
+    Each layer is cut right after its attention in the forward that ends the prompt, so the peak of a prefill is one
+    full layer and the budgets; methods that evict in decode cut again after every step.
+
+    Args:
+        config: the model's config; its attention implementation must be `cab` or `eager_with_scores`.
+        method: what to keep.
+        prompt_tokens: length of the prompt, padding included. Default: the first forward is the whole prompt. Needed
+            for a prompt fed in chunks (nothing is cut before its end, and the result is that of one pass).
+        compress_at: cut after this many tokens of the prompt instead of after all. What follows in the prompt is kept
+            and comes on top of the budget.
+        sample_ids: names that seed `Random`, one for the batch or one a row.
+    """
+
+    layers: list[EvictingLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        method: Method,
+        *,
+        prompt_tokens: int | None = None,
+        compress_at: int | None = None,
+        sample_ids: str | Sequence[str] | None = None,
+    ) -> None:
+        config = config.get_text_config(decoder=True)
+        if config._attn_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"EvictingCache works with attn_implementation in {IMPLEMENTATIONS}, "
+                f"this model has {config._attn_implementation!r}"
+            )
+        if prompt_tokens is not None and prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens={prompt_tokens}, allowed is >= 1")
+        if compress_at is not None and (prompt_tokens is None or not 1 <= compress_at <= prompt_tokens):
+            raise ValueError(f"compress_at={compress_at} needs prompt_tokens={prompt_tokens} of at least as many")
+        ids = (sample_ids,) if isinstance(sample_ids, str) else tuple(sample_ids) if sample_ids else None
+        self.prompt = Prompt(prompt_tokens, compress_at, ids)
+        self.method = method
+        super().__init__(
+            layers=[
+                EvictingLayer(method, self.prompt, index, window)  # type: ignore[misc]
+                for index, window in enumerate(_sliding_windows(config))
+            ]
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Storage of K and V over all layers, in bytes."""
+        return sum(layer.cache_bytes for layer in self.layers)
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Storage of positions and scores over all layers, in bytes."""
+        return sum(layer.bookkeeping_bytes for layer in self.layers)
+
+    def check_saw(self, n_tokens: int) -> None:
+        """Raise RuntimeError unless every layer saw `n_tokens`: all of a generation's output but its last token.
+
+        Some models (Phi-3, beyond `original_max_position_embeddings`) silently go on with a cache of their own; the
+        text would then be that of a full cache.
+        """
+        seen = sorted({layer.seen for layer in self.layers})
+        if seen != [n_tokens]:
+            raise RuntimeError(
+                f"the model did not use the EvictingCache for the whole generation: its layers saw {seen} tokens "
+                f"of {n_tokens}"
+            )
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(CANNOT_GO_BACK)
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(CANNOT_GO_BACK)
+
+
+def _gather(tensor: Tensor, slots: Tensor) -> Tensor:
+    return tensor.gather(2, slots[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+
+
+def _sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Each layer's sliding window (None: full attention), as transformers' own cache reads it from the config."""
+    windows: list[int | None] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and not getattr(config, "attention_chunk_size", None):
+            windows.append(layer.sliding_window)
+        else:
+            raise ValueError(
+                f"{config.model_type}: layer {index} caches by {type(layer).__name__}; "
+                "EvictingCache knows full and sliding-window attention"
+            )
+    return windows

@@ -1,0 +1,1 @@
+"""Attention that also returns the cumulative score of every key."""

@@ -1,0 +1,76 @@
+"""The operator in plain torch: query blocks of bounded size, on any device. Exact, never N x N."""
+
+import torch
+from torch import Tensor
+
+from cab_attention.kernels.visibility import visible_keys
+
+# Logits held at once, in elements. A query block is as many rows as fit: memory is O(block x K).
+MAX_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    key_positions: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    score_queries: int,
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, Q, D]; k, v [B, G, K, D] -> output [B, H, Q, D] in q's dtype, scores [B, H, K] float32.
+
+    Logits, softmax and sums are in float32 (float64 for float64 input) whatever the input's dtype. `score_queries` is
+    the number of last query rows that count in the scores.
+    """
+    (n_batch, n_heads, n_q, dim), (_, n_kv_heads, n_k, _) = q.shape, k.shape
+    group = n_heads // n_kv_heads
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.reshape(n_batch, n_kv_heads, group, n_q, dim)
+    k, v = k.to(dtype), v.to(dtype)
+
+    output = q.new_zeros(n_batch, n_kv_heads, group, n_q, dim)
+    scores = torch.zeros(n_batch, n_kv_heads, group, n_k, dtype=dtype, device=q.device)
+    budget = MAX_LOGITS.get(q.device.type, MAX_LOGITS["cpu"])
+    block = max(1, min(n_q, budget // max(1, n_batch * n_heads * n_k)))
+    first_counted = n_q - score_queries
+    for start in range(0, n_q, block):
+        rows = range(start, min(start + block, n_q))
+        keys = range(0, n_k)
+        if is_causal:  # keys that no row of the block sees are not computed
+            keys = range(0, max(0, rows.stop + n_k - n_q))
+        if is_causal and sliding_window is not None and key_positions is None:
+            keys = range(min(keys.stop, max(0, rows.start + n_k - n_q - sliding_window + 1)), keys.stop)
+        if len(keys) == 0:
+            continue
+        q_block = grouped[:, :, :, rows.start : rows.stop].reshape(n_batch, n_kv_heads, -1, dim).to(dtype)
+        logits = (q_block * scale) @ k[:, :, keys.start : keys.stop].mT
+        logits = logits.view(n_batch, n_kv_heads, group, len(rows), len(keys))
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        visible = visible_keys(
+            rows,
+            keys,
+            n_q,
+            n_k,
+            q.device,
+            is_causal=is_causal,
+            key_mask=key_mask,
+            key_positions=key_positions,
+            sliding_window=sliding_window,
+        )
+        if visible is not None:
+            logits.masked_fill_(~visible[:, :, None], -torch.inf)
+        # A row that sees nothing has maximum -inf: clamped, its weights come out 0 instead of NaN.
+        peak = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+        weights = logits.sub_(peak).exp_()
+        weights = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
+        counted = weights[:, :, :, max(0, first_counted - rows.start) :]
+        scores[..., keys.start : keys.stop] += counted.sum(3)
+        flat = weights.view(n_batch, n_kv_heads, -1, len(keys)) @ v[:, :, keys.start : keys.stop]
+        output[:, :, :, rows.start : rows.stop] = flat.view(n_batch, n_kv_heads, group, len(rows), dim)
+    return output.view(n_batch, n_heads, n_q, dim), scores.view(n_batch, n_heads, n_k).to(torch.float32)

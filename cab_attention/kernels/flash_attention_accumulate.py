@@ -1,0 +1,258 @@
+"""Attention that also returns, for every key, the softmax weight it received summed over queries.
+
+`flash_attention_with_cumulative_scores` is the operator, `FlashAttentionWithAccumulation` its module face, and
+`replace_attention_with_flash` puts that module into a transformers model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cab_attention.kernels.blockwise import blockwise_attention
+
+
+def flash_attention_with_cumulative_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cumulative_scores: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    score_queries: int | None = None,
+    per_kv_head: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention and the exact column sums of its softmax weights, in O(K) memory beside the output.
+
+    Args:
+        q: queries [B, H, Q, D].
+        k, v: keys and values [B, G, K, D]; G divides H and is not repeated.
+        cumulative_scores: float32 scores of earlier queries, [B, H, K'], K' <= K (newer keys count 0). Not modified.
+        scale: factor on q.k; default 1 / sqrt(D).
+        is_causal: bottom-right aligned: the last query sees every key, so prefill, chunks and decode are one operator.
+        key_mask: bool [B, K] or [B, G, K], True = visible.
+        key_positions: int64 [B, G, K], original positions, for `sliding_window` on a cut cache.
+        sliding_window: a query sees the keys less than this many positions back, itself included. Needs `is_causal`.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        score_queries: only this many last query rows count in the scores (0: none); default all.
+        per_kv_head: sum the scores of a group's query heads; `cumulative_scores` is then [B, G, K'] too.
+
+    Returns:
+        output [B, H, Q, D] in q's dtype, and float32 scores [B, H, K] (or [B, G, K]): what is given plus the new sums.
+        A row that sees no key gives output 0 and adds nothing. Without earlier scores each query head's scores sum to
+        the number of rows that count.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit. RuntimeError: a gradient is asked of the result.
+    """
+    _check(q, k, v, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries)
+    n_q, n_k = q.shape[2], k.shape[2]
+    heads = k.shape[1] if per_kv_head else q.shape[1]
+    _check_earlier_scores(cumulative_scores, (q.shape[0], heads, n_k))
+    options = dict(
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        is_causal=is_causal,
+        key_mask=key_mask,
+        key_positions=key_positions,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        score_queries=n_q if score_queries is None else min(score_queries, n_q),
+    )
+    output, scores = _ForwardOnly.apply(q, k, v, options)
+    if per_kv_head:
+        scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
+    if cumulative_scores is not None:
+        scores[:, :, : cumulative_scores.shape[2]] += cumulative_scores
+    return output, scores
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The one place that chooses what computes the operator for a device and its options."""
+    return blockwise_attention(q, k, v, **options)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Scores are for inference: a backward pass through them is refused instead of being silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        output, scores = _run(q, k, v, options)
+        ctx.mark_non_differentiable(scores)
+        return output, scores
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "flash_attention_with_cumulative_scores has no backward pass: call it under torch.no_grad(), "
+            "or train with attn_implementation='sdpa'"
+        )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    key_positions: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    score_queries: int | None,
+) -> None:
+    def refuse(problem: str) -> None:
+        raise ValueError(f"flash_attention_with_cumulative_scores: {problem}")
+
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        refuse(f"expected q [B, H, Q, D] and k, v [B, G, K, D], got {shapes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        refuse(f"batch, keys and head dim must agree, got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        refuse(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        refuse(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        refuse(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    n_batch, n_kv_heads, n_k, _ = k.shape
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or key_mask.shape not in ((n_batch, n_k), (n_batch, n_kv_heads, n_k))
+    ):
+        refuse(
+            f"key_mask must be bool [{n_batch}, {n_k}] or [{n_batch}, {n_kv_heads}, {n_k}], "
+            f"got {key_mask.dtype} {list(key_mask.shape)}"
+        )
+    if key_positions is not None and (
+        key_positions.dtype != torch.int64 or key_positions.shape != (n_batch, n_kv_heads, n_k)
+    ):
+        refuse(
+            f"key_positions must be int64 [{n_batch}, {n_kv_heads}, {n_k}], "
+            f"got {key_positions.dtype} {list(key_positions.shape)}"
+        )
+    if sliding_window is not None and (sliding_window < 1 or not is_causal):
+        refuse(f"sliding_window must be >= 1 and needs is_causal=True, got {sliding_window}, is_causal={is_causal}")
+    if softcap is not None and not softcap > 0:
+        refuse(f"softcap must be > 0, got {softcap}")
+    if score_queries is not None and score_queries < 0:
+        refuse(f"score_queries must be >= 0, got {score_queries}")
+
+
+def _check_earlier_scores(scores: Tensor | None, shape: tuple[int, int, int]) -> None:
+    if scores is None:
+        return
+    fits = scores.ndim == 3 and tuple(scores.shape[:2]) == shape[:2] and scores.shape[2] <= shape[2]
+    if not fits or scores.dtype != torch.float32:
+        raise ValueError(
+            f"cumulative_scores must be float32 {list(shape)} or of fewer keys, got {scores.dtype} {list(scores.shape)}"
+        )
+
+
+class FlashAttentionWithAccumulation(nn.Module):
+    """Attention that remembers the cumulative score of every key since the sequence began.
+
+    Without `original_attention`, `forward(query, key, value, **options)` takes the operator's tensors and options and
+    returns `(output [B, H, Q, D], None)`. Given a transformers attention module it takes that module's own forward
+    arguments and stands in its place; the model's attention implementation becomes `cab` (the config is shared by all
+    layers, so all of them then run the same attention, recorded or not).
+
+    Scores restart when a call has as many keys as queries (a new prompt). Rows that a beam search reorders are not
+    followed here: use `EvictingCache(model.config, Full())` for beams.
+    """
+
+    def __init__(self, original_attention: nn.Module | None = None, accumulate_scores: bool = True) -> None:
+        super().__init__()
+        self.original_attention = original_attention
+        self.accumulate_scores = accumulate_scores
+        self._scores: Tensor | None = None
+        if original_attention is not None:
+            if not _is_attention(original_attention):
+                raise ValueError(f"{type(original_attention).__name__} is not a self-attention module of transformers")
+            original_attention.config._attn_implementation = "cab"  # type: ignore[union-attr]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.original_attention is not None:
+            return self.original_attention(*args, score_recorder=self if self.accumulate_scores else None, **kwargs)
+        return self._attend(*args, **kwargs), None
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if not self.accumulate_scores:
+            return flash_attention_with_cumulative_scores(query, key, value, **options, score_queries=0)[0]
+        output, scores = flash_attention_with_cumulative_scores(query, key, value, **options)
+        self.add_scores(scores, n_queries=query.shape[2])
+        return output
+
+    def add_scores(self, scores: Tensor, n_queries: int) -> None:
+        """Add the scores [B, H, K] of one call. Keys that a sliding-window cache has dropped keep what they had."""
+        n_keys = scores.shape[2]
+        if self._scores is None or n_keys == n_queries or self._scores.shape[:2] != scores.shape[:2]:
+            self._scores = scores
+            return
+        total = max(n_keys, self._scores.shape[2] + n_queries)
+        summed = scores.new_zeros(*scores.shape[:2], total)
+        summed[:, :, : self._scores.shape[2]] = self._scores
+        summed[:, :, total - n_keys :] += scores
+        self._scores = summed
+
+    def reset_scores(self) -> None:
+        """Forget all scores."""
+        self._scores = None
+
+    def get_cumulative_scores(self) -> Tensor | None:
+        """Float32 [B, H, K] over all keys since the sequence began; None before the first call."""
+        return self._scores
+
+    def __getattr__(self, name: str) -> Any:
+        # Decoder layers read attributes of their attention module (Gemma 3: `is_sliding`).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_modules", {}).get("original_attention")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    own = all(hasattr(module, name) for name in ("config", "layer_idx", "is_causal"))
+    return own and not getattr(module, "is_cross_attention", False)
+
+
+def replace_attention_with_flash(
+    model: nn.Module, module_filter: Callable[[str, nn.Module], bool] | None = None
+) -> nn.Module:
+    """Put `FlashAttentionWithAccumulation` in the place of the model's self-attention modules; returns the model.
+
+    Every layer runs the same exact attention afterwards; `module_filter(name, module)` says which of them record.
+    Raises ValueError when the model has no attention module of transformers' kind.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if _is_attention(module) and not isinstance(module, FlashAttentionWithAccumulation)
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no self-attention module of transformers")
+    for name, module in found:
+        module.config._attn_implementation = "cab"  # type: ignore[union-attr]
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if isinstance(parent, FlashAttentionWithAccumulation) or (module_filter and not module_filter(name, module)):
+            continue
+        setattr(parent, child, FlashAttentionWithAccumulation(module))
+    return model
+
+
+def get_all_cumulative_scores(model: nn.Module) -> dict[str, Tensor]:
+    """`{module name: scores [B, H, K]}` of every module that has recorded any."""
+    recorded = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FlashAttentionWithAccumulation):
+            scores = module.get_cumulative_scores()
+            if scores is not None:
+                recorded[name] = scores
+    return recorded

@@ -1,0 +1,125 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cab_attention import curvature
+from cab_attention.methods.base import CachedKeys, Method, at_least
+
+BRIDGES = ("curvature", "redundancy", "median")
+
+
+@dataclass(frozen=True)
+class CAB(Method):
+    """Keep recent tokens (local), heavy hitters (importance) and keys that connect parts of the text (bridge).
+
+    Of a budget b: local = floor(local_ratio * b), at least 1, the last tokens; bridge = floor(bridge_ratio * b);
+    importance = the rest, the highest cumulative scores (as H2O's) of the keys not local. Bridge keys come from what is
+    left, by one of
+
+    * `curvature`: blocks of `block_size` keys, each represented by its key of largest norm, form a graph of mutual
+      attention; blocks of lowest mean Forman-Ricci curvature first.
+    * `redundancy`: the same graph, blocks of highest mean W - redundancy * (W @ W) first.
+    * `median`: keys whose cumulative score is nearest the median of what is left.
+
+    Of a chosen block all keys not yet kept are taken, the last block's by cumulative score. Below 6 blocks there is no
+    graph, and the bridge share goes to importance. The whole rule runs again after every decode step.
+    """
+
+    name: ClassVar = "cab"
+    observes: ClassVar = "all"
+    evicts_in_decode: ClassVar = True
+    budget: int | float | str
+    local_ratio: float = 0.3
+    bridge_ratio: float = 0.2
+    importance_ratio: float = 0.5
+    bridge: Literal["curvature", "redundancy", "median"] = "curvature"
+    block_size: int = 32
+    redundancy: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratios = (self.local_ratio, self.bridge_ratio, self.importance_ratio)
+        if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-9:
+            raise ValueError(
+                f"{self.name}: local_ratio, bridge_ratio, importance_ratio = {ratios}: "
+                "allowed are numbers >= 0 that sum to 1"
+            )
+        if self.bridge not in BRIDGES:
+            raise ValueError(f"{self.name}: bridge={self.bridge!r}, allowed is one of {', '.join(BRIDGES)}")
+        at_least(self.name, "block_size", self.block_size, 1)
+        if not 0 <= self.redundancy < math.inf:
+            raise ValueError(f"{self.name}: redundancy={self.redundancy!r}, allowed is a number >= 0")
+
+    def shares(self, budget_tokens: int) -> tuple[int, int, int]:
+        """(local, bridge, importance) in tokens; they sum to the budget."""
+        local = max(1, math.floor(self.local_ratio * budget_tokens))
+        bridge = min(budget_tokens - local, math.floor(self.bridge_ratio * budget_tokens))
+        return local, bridge, budget_tokens - local - bridge
+
+    def effective(self, budget_tokens: int) -> dict[str, int]:
+        return {"window_eff": self.shares(budget_tokens)[0]}
+
+    def priorities(self, cached: CachedKeys) -> Tensor:
+        scores = cached.observed()
+        # floor() of the double product, as in `shares`, without fetching the budget from the device.
+        wanted = cached.budget.double()
+        n_local = torch.floor(self.local_ratio * wanted).clamp(min=1)
+        n_bridge = torch.minimum(torch.floor(self.bridge_ratio * wanted), wanted - n_local)
+        order = None
+        if self.bridge != "median":
+            order, has_graph = self._block_order(cached)
+            n_bridge = torch.where(has_graph, n_bridge, 0.0)
+        n_importance = wanted - n_local - n_bridge
+
+        local = (cached.from_end < n_local) & cached.valid
+        free = cached.valid & ~local
+        important = _highest(scores, free, n_importance)
+        free &= ~important
+        if order is None:
+            bridge_rank = (scores - _median(scores, free)).abs().neg()
+        else:
+            bridge_rank = _by_block_then_score(order, scores)
+        bridge = _highest(bridge_rank, free, n_bridge)
+        return local * 3.0 + important * 2.0 + bridge * 1.0
+
+    def _block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
+        """The place of each key's block, 0 = strongest bridge [B, G, K], and whether there is a graph [B, G, 1]."""
+        representatives, exists = curvature.block_representatives(cached.keys, cached.valid, self.block_size)
+        weights = curvature.block_weights(representatives, exists)
+        if self.bridge == "curvature":
+            values = curvature.bridge_order_by_curvature(weights)
+        else:
+            values = curvature.bridge_order_by_redundancy(weights, self.redundancy)
+        ranked = values.masked_fill(~exists, torch.inf).argsort(dim=-1, stable=True)
+        place = ranked.argsort(-1)
+        block = (cached.from_start.clamp(min=0)) // self.block_size
+        return place.gather(-1, block), exists.sum(-1, keepdim=True) >= curvature.FEWEST_BLOCKS
+
+
+def _highest(rank: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Bool [B, G, K]: the `count` [B, G or 1, 1] of highest rank `among` these, ties to the lower position."""
+    ranked = rank.masked_fill(~among, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(ranked).scatter_(
+        -1, ranked, torch.arange(ranked.shape[-1], device=rank.device).expand_as(ranked)
+    )
+    return (place < count) & among
+
+
+def _by_block_then_score(block_place: Tensor, scores: Tensor) -> Tensor:
+    """A rank [B, G, K] that orders by block place first (0 highest), then by score, ties to the lower position."""
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    by_block = block_place.gather(-1, by_score).sort(dim=-1, stable=True).indices
+    ranked = by_score.gather(-1, by_block)
+    falling = torch.arange(ranked.shape[-1], 0, -1, device=scores.device, dtype=torch.float64)
+    return torch.empty_like(scores, dtype=torch.float64).scatter_(-1, ranked, falling.expand_as(ranked))
+
+
+def _median(scores: Tensor, among: Tensor) -> Tensor:
+    """Median [B, G, 1] of the scores `among` these: of an even count the mean of the two in the middle."""
+    ascending = scores.masked_fill(~among, torch.inf).sort(-1).values
+    count = among.sum(-1, keepdim=True)
+    low, high = ((count - 1) // 2).clamp(min=0), (count // 2).clamp(max=scores.shape[-1] - 1)
+    return (ascending.gather(-1, low) + ascending.gather(-1, high)) / 2
