@@ -24,10 +24,10 @@ def why_unavailable(implementation: AttentionImplementation) -> str | None:
     Each is tried on a small input: a package that is installed but does not run here does not count.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q = torch.randn(1, 2, 4, 16, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
+    q = torch.ones(1, 2, 4, 16, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
     if implementation is AttentionImplementation.FLASH_ATTENTION_2:
         if device != "cuda":
-            return "needs an NVIDIA GPU"
+            return "needs an NVIDIA GPU and the package flash-attn: pip install 'cab-attention[flash]'"
         try:
             from flash_attn import flash_attn_func
         except ImportError as error:
@@ -70,6 +70,7 @@ def load_model_with_attention(
         ValueError: an implementation that is unknown, or does not work here: the message says which do, and what to
             install.
     """
+    dtype, torch_dtype = _named_dtype(dtype), _named_dtype(torch_dtype)
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} mean the same and differ: give one")
     names = [known.value for known in AttentionImplementation]
@@ -80,11 +81,17 @@ def load_model_with_attention(
     if reason is not None:
         here = ", ".join(known.value for known in get_available_implementations())
         raise ValueError(f"attention implementation {chosen.value!r} {reason}. Available here: {here}")
-    if isinstance(dtype := dtype or torch_dtype or "auto", str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a torch dtype, e.g. 'bfloat16', 'float16', 'float32'")
-        dtype = named
+    dtype = dtype or torch_dtype or "auto"
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     model = AutoModelForCausalLM.from_pretrained(name_or_path, attn_implementation=chosen.value, dtype=dtype, **kwargs)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """A dtype by its name, `auto` and None as they are."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not a torch dtype, e.g. 'bfloat16', 'float16', 'float32'")
+    return named

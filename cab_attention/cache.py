@@ -166,7 +166,7 @@ class EvictingLayer(CacheLayerMixin):
         else:
             output = self._observe_window(observe, query, before, compress_at)
         if cuts:
-            self._evict(extra=prompt_tokens - compress_at)
+            self._evict(extra=0 if cut_now else prompt_tokens - compress_at)
         elif self.sliding_window is not None:
             self._drop_out_of_window(self.sliding_window - 1 + self._kept_for_later_scores(compress_at))
         if before == 0:  # a view into a larger tensor (a fused projection) must not keep that alive

@@ -49,7 +49,8 @@ def block_weights(representatives: Tensor, exists: Tensor) -> Tensor:
 def neighbour_graph(weights: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Adjacency, float 0/1 [B, G, M, M]: each block's strongest neighbours, made symmetric."""
     n_blocks = weights.shape[-1]
-    strongest = weights.topk(min(neighbours, n_blocks), dim=-1).indices
+    # Not topk: of equal weights it takes any.
+    strongest = weights.sort(dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n_blocks)]
     edges = torch.zeros_like(weights).scatter_(-1, strongest, 1.0) * (weights > 0)
     return torch.maximum(edges, edges.mT)
 
@@ -77,7 +78,8 @@ def bridge_order_by_curvature(weights: Tensor) -> Tensor:
     An edge between two communities closes no triangles, so its curvature is low.
     """
     adjacency = neighbour_graph(weights)
-    return block_values(forman_curvature(adjacency), weights, adjacency)
+    # Curvatures are small integers: blocks whose edges share one must tie, whatever the rounding of the weights.
+    return block_values(forman_curvature(adjacency), weights, adjacency).round(decimals=4)
 
 
 def bridge_order_by_redundancy(weights: Tensor, redundancy: float) -> Tensor:

@@ -47,7 +47,7 @@ def blockwise_attention(
             keys = range(min(keys.stop, max(0, rows.start + n_k - n_q - sliding_window + 1)), keys.stop)
         if len(keys) == 0:
             continue
-        q_block = grouped[:, :, :, rows.start : rows.stop].reshape(n_batch, n_kv_heads, -1, dim).to(dtype)
+        q_block = grouped[:, :, :, rows.start : rows.stop].flatten(2, 3).to(dtype)
         logits = (q_block * scale) @ k[:, :, keys.start : keys.stop].mT
         logits = logits.view(n_batch, n_kv_heads, group, len(rows), len(keys))
         if softcap is not None:
@@ -71,6 +71,6 @@ def blockwise_attention(
         weights = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
         counted = weights[:, :, :, max(0, first_counted - rows.start) :]
         scores[..., keys.start : keys.stop] += counted.sum(3)
-        flat = weights.view(n_batch, n_kv_heads, -1, len(keys)) @ v[:, :, keys.start : keys.stop]
+        flat = weights.flatten(2, 3) @ v[:, :, keys.start : keys.stop]
         output[:, :, :, rows.start : rows.stop] = flat.view(n_batch, n_kv_heads, group, len(rows), dim)
     return output.view(n_batch, n_heads, n_q, dim), scores.view(n_batch, n_heads, n_k).to(torch.float32)

@@ -82,7 +82,8 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        output, scores = _run(q, k, v, options)
+        with torch.autocast(q.device.type, enabled=False):  # it would turn the float32 sums into bfloat16
+            output, scores = _run(q, k, v, options)
         ctx.mark_non_differentiable(scores)
         return output, scores
 
@@ -136,8 +137,8 @@ def _check(
         )
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
         refuse(f"sliding_window must be >= 1 and needs is_causal=True, got {sliding_window}, is_causal={is_causal}")
-    if softcap is not None and not softcap > 0:
-        refuse(f"softcap must be > 0, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        refuse(f"softcap must be > 0 and finite, got {softcap}")
     if score_queries is not None and score_queries < 0:
         refuse(f"score_queries must be >= 0, got {score_queries}")
 

@@ -24,14 +24,14 @@ def attention_reference(
     logits = q @ k.mT * (dim**-0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    key_at = torch.arange(n_k, device=q.device).expand(q.shape[0], n_heads, n_k)
-    if key_positions is not None:
-        key_at = key_positions.repeat_interleave(group, 1)
-    query_at = key_at[..., -1:] - torch.arange(n_q - 1, -1, -1, device=q.device)
     visible = torch.ones_like(logits, dtype=torch.bool)
     if is_causal:
         visible = visible.tril(n_k - n_q)
-    if sliding_window is not None:
+    if sliding_window is not None and n_k > 0:
+        key_at = torch.arange(n_k, device=q.device).expand(q.shape[0], n_heads, n_k)
+        if key_positions is not None:
+            key_at = key_positions.repeat_interleave(group, 1)
+        query_at = key_at[..., -1:] - torch.arange(n_q - 1, -1, -1, device=q.device)
         visible &= query_at[..., :, None] - key_at[..., None, :] < sliding_window
     if key_mask is not None:
         visible &= (key_mask[:, None] if key_mask.ndim == 2 else key_mask.repeat_interleave(group, 1))[:, :, None]

@@ -60,6 +60,7 @@ class CachedKeys:
         return self.scores
 
 
+@dataclass(frozen=True)
 class Method(ABC):
     """Which keys to keep. Subclasses are frozen dataclasses whose fields are the method's options.
 

@@ -31,7 +31,6 @@ class CAB(Method):
     name: ClassVar = "cab"
     observes: ClassVar = "all"
     evicts_in_decode: ClassVar = True
-    budget: int | float | str
     local_ratio: float = 0.3
     bridge_ratio: float = 0.2
     importance_ratio: float = 0.5
@@ -42,7 +41,7 @@ class CAB(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         ratios = (self.local_ratio, self.bridge_ratio, self.importance_ratio)
-        if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-9:
+        if not (min(ratios) >= 0 and abs(sum(ratios) - 1) <= 1e-9):  # NaN is neither
             raise ValueError(
                 f"{self.name}: local_ratio, bridge_ratio, importance_ratio = {ratios}: "
                 "allowed are numbers >= 0 that sum to 1"
@@ -79,7 +78,9 @@ class CAB(Method):
         important = _highest(scores, free, n_importance)
         free &= ~important
         if order is None:
-            bridge_rank = (scores - _median(scores, free)).abs().neg()
+            # In float64 the two middle keys of an even count are exactly as near: a tie, the lower position stays.
+            exact = scores.double()
+            bridge_rank = (exact - _median(exact, free)).abs().neg()
         else:
             bridge_rank = _by_block_then_score(order, scores)
         bridge = _highest(bridge_rank, free, n_bridge)

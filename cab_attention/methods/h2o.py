@@ -20,7 +20,6 @@ class H2O(Method):
     name: ClassVar = "h2o"
     observes: ClassVar = "all"
     evicts_in_decode: ClassVar = True
-    budget: int | float | str
     recent: int | None = None
 
     def __post_init__(self) -> None:

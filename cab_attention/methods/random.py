@@ -18,7 +18,6 @@ class Random(Method):
     name: ClassVar = "random"
     observes: ClassVar = "nothing"
     evicts_in_decode: ClassVar = False
-    budget: int | float | str
     seed: int = 0
 
     def priorities(self, cached: CachedKeys) -> Tensor:

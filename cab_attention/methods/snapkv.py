@@ -22,7 +22,6 @@ class SnapKV(Method):
     name: ClassVar = "snapkv"
     observes: ClassVar = "window"
     evicts_in_decode: ClassVar = False
-    budget: int | float | str
     window: int = 32
     kernel_size: int = 5
     pooling: Literal["avg", "max"] = "avg"

@@ -18,7 +18,6 @@ class StreamingLLM(Method):
     name: ClassVar = "streaming_llm"
     observes: ClassVar = "nothing"
     evicts_in_decode: ClassVar = True
-    budget: int | float | str
     sinks: int = 4
 
     def __post_init__(self) -> None:

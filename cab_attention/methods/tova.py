@@ -17,7 +17,6 @@ class TOVA(Method):
     name: ClassVar = "tova"
     observes: ClassVar = "last"
     evicts_in_decode: ClassVar = True
-    budget: int | float | str
 
     def priorities(self, cached: CachedKeys) -> Tensor:
         scores = cached.observed()

@@ -1,0 +1,66 @@
+"""Where models and tokenizers come from: the built-in tiny one, named shapes with random weights, or a checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from cab_attention import load_model_with_attention
+from experiments.longbench_qa.config import ModelConfig
+from experiments.longbench_qa.shapes import SHAPES, TINY
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, its tokenizer, and what it is."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    revision: str | None  # commit of the checkpoint on the hub, if it came from there
+
+
+def load(config: ModelConfig) -> LoadedModel:
+    """Load what the config names, with attention `cab`. Raises ValueError for what cannot be found."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.kind == "tiny":
+        model = _from_shape(TINY, config.dtype or "float32", device, seed=0)
+    elif config.kind == "random":
+        assert config.shape is not None
+        model = _from_shape(SHAPES[config.shape], config.dtype or "bfloat16", device, seed=0)
+    else:
+        return _from_checkpoint(config, device)
+    return LoadedModel(model, byte_tokenizer(), revision=None)
+
+
+def _from_shape(shape: dict[str, Any], dtype: str, device: str, seed: int) -> PreTrainedModel:
+    config = AutoConfig.for_model(**shape)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="cab", dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def _from_checkpoint(config: ModelConfig, device: str) -> LoadedModel:
+    assert config.path is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path)
+        model = load_model_with_attention(config.path, "cab", device=device, dtype=config.dtype)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path={config.path}: no folder with a model, and not found on the hub: {reason}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"model.path={config.path}: needs a fast tokenizer (character offsets of tokens)")
+    return LoadedModel(model, tokenizer, revision=getattr(model.config, "_commit_hash", None))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and three special tokens, for models without a vocabulary of their own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

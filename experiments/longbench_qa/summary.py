@@ -1,0 +1,61 @@
+"""The table that a run prints when it ends."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.longbench_qa.config import Cell
+
+MIB = 2**20
+COLUMNS = (
+    "model",
+    "method",
+    "budget",
+    "data set",
+    "n",
+    "score",
+    "kept tokens",
+    "cache MiB",
+    "prefill ms",
+    "ms/token",
+    "peak MiB",
+)
+
+
+def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
+    """One line a cell, in the order they ran; a cell that ran twice is listed once.
+
+    Kept tokens and cache are right after the prompt, per layer and KV head and for K and V of all layers; times are
+    means over samples, the peak is over the weights.
+    """
+    table = Table(title="LongBench QA")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("model", "method", "data set") else "right", no_wrap=True)
+    for cell, metrics in {cell.folder: (cell, metrics) for cell, metrics in cells}.values():
+        model, method, _, dataset = cell.folder.relative_to(cell.output_dir).parts
+        failed = f" ({metrics['n_failed']} failed)" if metrics["n_failed"] else ""
+        error = metrics["standard_error"]
+        peaks = [metrics[f"max_{phase}_peak_bytes"] for phase in ("prefill", "decode")]
+        cache = metrics["mean_cache_bytes"]
+        table.add_row(
+            model,
+            method,
+            metrics["budget"],
+            dataset,
+            f"{metrics['n']}{failed}",
+            _number(metrics["score"], 2) + (f" ± {error:.2f}" if error is not None else ""),
+            _number(metrics["mean_kept_tokens"], 1),
+            _number(cache / MIB if cache is not None else None, 3),
+            _number(metrics["mean_prefill_ms"], 1),
+            _number(metrics["mean_decode_ms_per_token"], 2),
+            _number(max(p for p in peaks if p is not None) / MIB if any(peaks) else None, 1),
+        )
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console = Console(width=160)
+    console.print(table)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

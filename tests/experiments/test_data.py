@@ -1,0 +1,157 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, Row, base_name, load_rows
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+NO_CHAT_TEMPLATE = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    row = {
+        "_id": "a1",
+        "input": "Who?",
+        "context": "Ines \u2028 did.",
+        "answers": ["Ines"],
+        "length": 2,
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+    }
+    return row | changes
+
+
+def write(folder: Path, *lines: str, dataset: str = "hotpotqa", end: str = "\n") -> str:
+    (folder / f"{dataset}.jsonl").write_text("\n".join(lines) + end, encoding="utf-8")
+    return str(folder)
+
+
+def line(**changes: Any) -> str:
+    # ensure_ascii=False leaves the U+2028 in the file as it is: it must not end a line.
+    return json.dumps(fields(**changes), ensure_ascii=False)
+
+
+def without(key: str) -> str:
+    return json.dumps({name: value for name, value in fields().items() if name != key})
+
+
+def test_names() -> None:
+    assert len(LONGBENCH) == len(set(LONGBENCH)) == 21
+    assert len(LONGBENCH_E) == len(set(LONGBENCH_E)) == 13
+    assert {base_name(name) for name in LONGBENCH_E} < set(LONGBENCH)
+    assert base_name(DEMO) == DEMO
+
+
+@pytest.mark.parametrize("name", ["hotpot", "narrativeqa_e", "demo_qa_e", "qasper_e_e", ""])
+def test_unknown_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown data set .*; known: demo_qa, narrativeqa"):
+        load_rows(name, None, None)
+
+
+def test_rows(tmp_path: Path) -> None:
+    data_dir = write(tmp_path, line(), line(_id="b", all_classes=["x", "y"]), end="\n\n")
+    rows = load_rows("hotpotqa", data_dir, None)
+    assert rows[0] == Row("a1", "Who?", "Ines \u2028 did.", ["Ines"], 2, "hotpotqa", "en", None)
+    assert rows[1].id == "b"
+    assert rows[1].all_classes == ["x", "y"]
+    assert len(rows) == 2
+    assert load_rows("hotpotqa", data_dir, 1) == rows[:1]
+    assert load_rows("hotpotqa", data_dir, 9) == rows
+
+
+def test_last_line_without_newline_and_windows_line_ends(tmp_path: Path) -> None:
+    data_dir = write(tmp_path, line() + "\r", line(_id="b"), end="")
+    assert [row.id for row in load_rows("hotpotqa", data_dir, None)] == ["a1", "b"]
+
+
+@pytest.mark.parametrize("max_samples", [0, -1])
+def test_max_samples(max_samples: int) -> None:
+    with pytest.raises(ValueError, match=f"max_samples is {max_samples}; allowed"):
+        load_rows(DEMO, None, max_samples)
+
+
+def test_demo_needs_no_data_dir() -> None:
+    assert len(load_rows(DEMO, None, None)) == 20
+    assert [row.id for row in load_rows(DEMO, None, 2)] == ["demo-000", "demo-001"]
+
+
+def test_where_the_file_should_be(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"qasper_e needs data_dir=DIR.* holds qasper_e\.jsonl"):
+        load_rows("qasper_e", None, None)
+    with pytest.raises(ValueError, match=r"data_dir=.*nowhere is not a folder; qasper needs .*qasper\.jsonl"):
+        load_rows("qasper", str(tmp_path / "nowhere"), None)
+    with pytest.raises(ValueError, match=r"qasper\.jsonl does not exist; put there qasper\.jsonl"):
+        load_rows("qasper", str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"_id": "b",', "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        (without("context"), "key 'context' is missing"),
+        (without("all_classes"), "key 'all_classes' is missing"),
+        (line(_id=7), "'_id' must be of type str, got int"),
+        (line(length="2"), "'length' must be of type int, got str"),
+        (line(length=True), "'length' must be of type int, got bool"),
+        (line(answers="Ines"), "'answers' must be of type list, got str"),
+        (line(answers=[]), "'answers' must be a list of one or more strings"),
+        (line(answers=["Ines", None]), "'answers' must be a list of one or more strings"),
+        (line(all_classes=[1]), "'all_classes' must be a list of one or more strings"),
+        (line(), "_id 'a1' was already used in line 1"),
+    ],
+)
+def test_bad_line(tmp_path: Path, bad: str, message: str) -> None:
+    data_dir = write(tmp_path, line(), "", bad)
+    with pytest.raises(ValueError, match=rf"hotpotqa\.jsonl, line 3: {message}") as caught:
+        load_rows("hotpotqa", data_dir, None)
+    assert "\n" not in str(caught.value)
+    # What lies behind the rows asked for is not looked at.
+    assert len(load_rows("hotpotqa", data_dir, 1)) == 1
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "lcc.jsonl").write_bytes(b'{"_id": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"lcc\.jsonl, line 1: not UTF-8"):
+        load_rows("lcc", str(tmp_path), None)
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hotpotqa\.jsonl holds no rows"):
+        load_rows("hotpotqa", write(tmp_path), None)
+
+
+def test_real_rows(longbench: Path) -> None:
+    files = sorted((longbench / "data").glob("*.jsonl"))
+    assert files
+    for file in files:
+        rows = load_rows(file.stem, str(file.parent), None)
+        assert len(rows) == file.read_bytes().count(b"\n")
+        assert {row.dataset for row in rows} == {file.stem}
+
+
+@pytest.mark.parametrize("name", [*LONGBENCH, *LONGBENCH_E, DEMO])
+def test_config(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        dataset = compose(f"dataset/{name}").dataset
+    base = base_name(name)
+    assert set(dataset) == {"name", "max_new_tokens", "chat_template", "stop_at_newline"}
+    assert dataset.name == name
+    assert dataset.chat_template is (base not in NO_CHAT_TEMPLATE)
+    assert dataset.stop_at_newline is (base == "samsum")
+    assert dataset.max_new_tokens >= 16
+
+
+def test_config_lengths_are_the_authors(longbench: Path) -> None:
+    lengths = json.loads((longbench / "config" / "dataset2maxlen.json").read_text())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        ours = {name: compose(f"dataset/{name}").dataset.max_new_tokens for name in LONGBENCH}
+    assert ours == lengths
+
+
+def test_one_config_a_set() -> None:
+    assert {file.stem for file in (CONF / "dataset").glob("*.yaml")} == {*LONGBENCH, *LONGBENCH_E, DEMO}

@@ -1,0 +1,125 @@
+"""Every config composes into a cell, and every group's choices are what the library has."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import cab_attention
+from experiments.longbench_qa.config import Cell, build_cell, register_schema
+from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def cell(*overrides: str) -> Cell:
+    return build_cell(composed(*overrides))
+
+
+def test_the_default_needs_nothing():
+    default = cell()
+    assert (default.model.name, default.dataset.name, default.attention) == ("tiny", "demo_qa", "cab")
+    assert default.folder == Path("results/longbench_qa/tiny/h2o/b128/demo_qa")
+
+
+@pytest.mark.parametrize("group", ["dataset", "attention"])
+def test_every_choice_composes(group: str):
+    for name in choices(group):
+        value = getattr(cell(f"{group}={name}"), group)
+        assert (value if isinstance(value, str) else value.name) == name
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_composes(name: str):
+    model = cell(f"model={name}", "model.path=org/some-model" if name == "path" else "seed=0").model
+    assert model.name
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_composes(name: str):
+    config = composed(f"experiment={name}")
+    assert build_cell(config)
+    assert (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[0] == "# @package _global_"
+    assert f"experiment={name}" in (CONF / "experiment" / f"{name}.yaml").read_text()
+
+
+def test_data_sets_are_those_known():
+    assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, DEMO])
+
+
+def test_methods_are_those_exported():
+    exported = {
+        value
+        for value in vars(cab_attention).values()
+        if isinstance(value, type) and issubclass(value, cab_attention.Method) and value is not cab_attention.Method
+    }
+    assert choices("method") == sorted(method.name for method in exported)
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_a_methods_config_is_its_defaults(name: str):
+    method = cell(f"method={name}", "budget=64").method
+    assert method == type(method)(*([] if name == "full" else [64]))
+    assert method.name == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        (["method=full", "budget=64"], "tiny/full/bfull/demo_qa"),
+        (["budget=0.25"], "tiny/h2o/b0.25/demo_qa"),
+        (["budget=1.0"], "tiny/h2o/bfull/demo_qa"),
+        (["method=snapkv", "method.window=16"], "tiny/snapkv,window=16/b128/demo_qa"),
+        (["method=random", "seed=3"], "tiny/random,seed=3/b128/demo_qa"),
+        (["attention=eager", "compress=after_context"], "tiny/h2o/b128/demo_qa,attention=eager,compress=after_context"),
+        (["model.dtype=bfloat16", "model.max_length=512"], "tiny,dtype=bfloat16,max_length=512/h2o/b128/demo_qa"),
+        (["max_samples=3", "wandb.mode=disabled", "data_dir=/x", "seed=3"], "tiny/h2o/b128/demo_qa"),
+        (["model=path", "model.path=org/some-model"], "some-model/h2o/b128/demo_qa"),
+    ],
+)
+def test_the_folder_names_what_differs_from_the_default(overrides: list[str], folder: str):
+    assert cell(*overrides).folder == Path("results/longbench_qa") / folder
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("budget=0", "budget=0"),
+        ("budget=-1", "budget=-1"),
+        ("budget=1.5", "budget=1.5"),
+        ("budget=abc", "budget='abc'"),
+        ("compress=later", "after_context"),
+        ("wandb.mode=on", "offline"),
+        ("model.dtype=float77", "bfloat16"),
+        ("model.kind=other", "tiny"),
+        ("attention.name=sdpa", "eager"),
+        ("method.recent=-1", "recent=-1"),
+        ("method._target_=pathlib.Path", "eviction method"),
+        ("dataset.max_new_tokens=0", "max_new_tokens=0"),
+        ("model.max_length=1", "max_length"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(override: str, named: str):
+    with pytest.raises(ValueError, match=r".") as refused:
+        cell(override)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("override", ["bugdet=3", "method.recnt=3", "max_samples=x", "model.max_length=x"])
+def test_a_typo_is_refused_by_hydra(override: str):
+    from hydra.errors import ConfigCompositionException
+
+    with pytest.raises(ConfigCompositionException):
+        composed(override)
