@@ -31,14 +31,14 @@ class Prompt:
     tokens: int | None
     compress_at: int | None
     sample_ids: tuple[str, ...] | None
+    first_forward: int | None = None
 
-    def fix(self, first_forward: int) -> tuple[int, int]:
+    def fix(self, seen: int) -> tuple[int, int]:
         """(tokens, compress_at), the first forward being the whole prompt unless it was said otherwise."""
-        if self.tokens is None:
-            self.tokens = first_forward
-        if self.compress_at is None:
-            self.compress_at = self.tokens
-        return self.tokens, self.compress_at
+        if self.first_forward is None:
+            self.first_forward = seen
+        tokens = self.first_forward if self.tokens is None else self.tokens
+        return tokens, tokens if self.compress_at is None else self.compress_at
 
     def ids(self, n_batch: int) -> tuple[str, ...]:
         """A sample id a row: those given, one for all rows, or "" for all."""
@@ -384,6 +384,11 @@ class EvictingCache(Cache):
                 f"the model did not use the EvictingCache for the whole generation: its layers saw {seen} tokens "
                 f"of {n_tokens}"
             )
+
+    def reset(self) -> None:
+        """Forget everything: the next forward begins a new prompt, of any length where none was given."""
+        super().reset()
+        self.prompt.first_forward = None
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(CANNOT_GO_BACK)

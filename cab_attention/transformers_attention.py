@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from cab_attention.cache import IMPLEMENTATIONS, EvictingLayer, Operator
 from cab_attention.kernels.flash_attention_accumulate import (
@@ -33,6 +33,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
@@ -40,14 +41,20 @@ def padding_mask(
 
     A static cache's unwritten slots lie behind the mask's last column.
     """
-    if use_vmap:
-        raise ValueError("cab attention has no custom mask patterns: use attn_implementation='sdpa' for this model")
+    # transformers forbids the causal shortcut in a prefill when the pattern is more than causal (packed sequences).
+    if use_vmap or (q_length > 1 and not allow_is_causal_skip) or getattr(config, "attention_chunk_size", None):
+        raise ValueError(
+            "cab attention knows causal and sliding-window masks with padding, not packed sequences (give an "
+            "attention_mask with position_ids), chunks or custom patterns: use attn_implementation='sdpa' for those"
+        )
     start, present = int(kv_offset), int(q_offset) + q_length - int(kv_offset)
     if attention_mask is None:
         return torch.ones(batch_size, present, dtype=torch.bool, device=device) if present < kv_length else None
     # Reading a mask's values waits for the GPU: done in a prefill, once a forward, never in a decode step.
     if q_length > 1 and present == kv_length and bool(attention_mask.all()):
         return None
+    if attention_mask.shape[1] == present:  # `generate` with a static cache hands in a mask that it cut here before
+        return attention_mask
     return attention_mask[:, start : start + present]
 
 

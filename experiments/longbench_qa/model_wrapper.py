@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
-from cab_attention import EvictingCache, Method
+from cab_attention import EvictingCache, Full, Method
 from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.encoding import encode_prompt
 from experiments.longbench_qa.models import LoadedModel, load
@@ -44,7 +45,16 @@ class ModelWrapper:
         if self._loaded is None:
             self._loaded = load(self.config)
         self._loaded.model.set_attn_implementation("eager_with_scores" if force_eager_attention else "cab")
+        self._warm_up(self._loaded.model)
         return self
+
+    @torch.inference_mode()
+    def _warm_up(self, model: PreTrainedModel) -> None:
+        """Let a GPU's libraries start and take their workspaces before anything is measured."""
+        if model.device.type == "cuda":
+            cache = EvictingCache(model.config, Full())
+            for n_tokens in (64, 1):
+                model(torch.zeros(1, n_tokens, dtype=torch.int64, device=model.device), past_key_values=cache)
 
     @property
     def loaded(self) -> LoadedModel:

@@ -25,7 +25,8 @@ def load(config: ModelConfig) -> LoadedModel:
     """Load what the config names, with attention `cab`. Raises ValueError for what cannot be found."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.kind == "tiny":
-        model = _from_shape(TINY, config.dtype or "float32", device, seed=0)
+        # Made on the CPU, whose random numbers are the same everywhere: one tiny model for all machines.
+        model = _from_shape(TINY, config.dtype or "float32", "cpu", seed=0).to(device)
     elif config.kind == "random":
         assert config.shape is not None
         model = _from_shape(SHAPES[config.shape], config.dtype or "bfloat16", device, seed=0)

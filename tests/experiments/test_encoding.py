@@ -5,7 +5,10 @@ from experiments.longbench_qa.models import byte_tokenizer
 from experiments.longbench_qa.prompts import FilledPrompt, fill_template
 
 TEMPLATE = "Read:\n{context}\n\nQuestion: {input}\nAnswer:"
-CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

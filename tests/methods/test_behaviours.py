@@ -1,0 +1,219 @@
+"""What holds for every method, on tiny models, after the prompt and through decode."""
+
+import gc
+import math
+import weakref
+from itertools import combinations
+
+import pytest
+import torch
+
+from cab_attention import EvictingCache, Full, Random
+from tests.all_methods import EVICTING, METHODS
+from tests.feeding import feed, left_padded
+from tests.tiny_models import random_ids, tiny_model
+
+N_PROMPT, PADDING = 33, (0, 7, 2)
+GROWS_IN_DECODE = {"snapkv", "random"}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def decode(model, cache, ids, mask, n_steps):
+    """Prompt, then `n_steps` tokens; yields the number of tokens decoded after each forward."""
+    n_prompt = ids.shape[1] - n_steps
+    feed(model, cache, ids[:, :n_prompt], mask[:, :n_prompt])
+    yield 0
+    for step in range(n_prompt, ids.shape[1]):
+        feed(model, cache, ids[:, step : step + 1], mask[:, : step + 1])
+        yield step + 1 - n_prompt
+
+
+def kept(cache: EvictingCache, row: int = 0, padding: int = 0) -> list[list[list[int]]]:
+    """Positions by layer and head, from the first real token."""
+    return [[[p - padding for p in head if p >= 0] for head in layer.positions[row].tolist()] for layer in cache.layers]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9, 28, N_PROMPT, 100, 0.01, 0.3, 0.5])
+@pytest.mark.parametrize("name", EVICTING)
+def test_as_many_keys_as_the_budget(name, budget, llama):
+    """Of the prompt exactly min(budget, n) by layer, head and row; after an eviction in decode never more."""
+    cache = EvictingCache(llama.config, METHODS[name](budget))
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT + 4)
+    for n_decoded in decode(llama, cache, ids, mask, 4):
+        seen = N_PROMPT + n_decoded
+        for layer in cache.layers:
+            for row, padding in enumerate(PADDING):
+                n = N_PROMPT - padding
+                b = budget if isinstance(budget, int) else max(1, math.floor(budget * n + 0.5))
+                expected = min(b, n) + n_decoded if name in GROWS_IN_DECODE else min(b, n + n_decoded)
+                for positions in layer.positions[row].tolist():
+                    real = [p for p in positions if p >= 0]
+                    assert len(real) == expected, (n_decoded, row)
+                    assert positions == [-1] * (len(positions) - len(real)) + sorted(set(real))
+                    assert padding <= real[0] and real[-1] < seen
+            assert layer.keys.shape[2] == layer.values.shape[2] == layer.positions.shape[2]
+            # the widest row says how many slots there are
+            assert (layer.positions >= 0).any(dim=0).all()
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_fraction_is_of_each_rows_real_tokens(name, llama):
+    cache = EvictingCache(llama.config, METHODS[name](0.5))
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT)
+    feed(llama, cache, ids, mask)
+    assert all(layer.budget_tokens == [17, 13, 16] for layer in cache.layers)  # of 33, 26, 31
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_row_keeps_in_a_batch_what_it_keeps_alone(name, architecture):
+    model, ids_of_rows = tiny_model(architecture), ["a", "b", "c"]
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT + 3)
+    batch = EvictingCache(model.config, METHODS[name](0.3), sample_ids=ids_of_rows)
+    alone = [EvictingCache(model.config, METHODS[name](0.3), sample_ids=sample) for sample in ids_of_rows]
+    runs = [decode(model, batch, ids, mask, 3)]
+    for row, padding in enumerate(PADDING):
+        runs.append(decode(model, alone[row], ids[row : row + 1, padding:], mask[row : row + 1, padding:], 3))
+    for _ in zip(*runs, strict=True):
+        for row, padding in enumerate(PADDING):
+            assert kept(batch, row, padding) == kept(alone[row])
+    assert kept(batch, 0) != kept(batch, 2)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_heads_and_layers_choose_for_themselves(name, llama):
+    """Except by position (StreamingLLM), and over the heads of a layer (TOVA)."""
+    cache = EvictingCache(llama.config, METHODS[name](9))
+    feed(llama, cache, *left_padded(0, n_tokens=N_PROMPT))
+    (layer,) = {len({str(head) for head in layer}) for layer in kept(cache)}
+    assert layer == (1 if name in ("tova", "streaming_llm") else 2)
+    assert len({str(layer) for layer in kept(cache)}) == (1 if name == "streaming_llm" else 3)
+
+
+def test_methods_choose_differently(llama):
+    chosen = {}
+    for name in EVICTING:
+        cache = EvictingCache(llama.config, METHODS[name](21))
+        feed(llama, cache, *left_padded(0, n_tokens=N_PROMPT))
+        chosen[name] = kept(cache)
+    for one, other in combinations(EVICTING, 2):
+        assert chosen[one] != chosen[other], (one, other)
+
+
+@pytest.mark.parametrize("budget", ["full", 1.0, 500])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_full_budget_generates_what_sdpa_does(name, budget, llama):
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT)
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
+    cache = EvictingCache(llama.config, METHODS[name](budget))
+    generated = llama.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(generated, tiny_model("llama", "sdpa").generate(ids, **options))
+    cache.check_saw(N_PROMPT + 7)
+    assert kept(cache, 1, 7) == [[[*range(N_PROMPT)]] * 2] * 3
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2"])
+def test_the_full_method_generates_what_sdpa_does(architecture):
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT)
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
+    model = tiny_model(architecture)
+    generated = model.generate(ids, past_key_values=EvictingCache(model.config, Full()), **options)
+    assert torch.equal(generated, tiny_model(architecture, "sdpa").generate(ids, **options))
+
+
+def random_choice(model, ids, mask, sample_ids, row=0, padding=0, seed=0):
+    cache = EvictingCache(model.config, Random(9, seed=seed), sample_ids=sample_ids)
+    feed(model, cache, ids, mask)
+    return kept(cache, row, padding)
+
+
+def test_random_is_drawn_by_seed_sample_layer_and_head(llama):
+    ids, mask = left_padded(0, n_tokens=N_PROMPT)
+    first = random_choice(llama, ids, mask, "x")
+    assert first == random_choice(llama, ids, mask, "x")  # a resumed run
+    assert first == random_choice(llama, random_ids(1, N_PROMPT, seed=9), mask, "x")  # whatever the tokens
+    others = [random_choice(llama, ids, mask, "y"), random_choice(llama, ids, mask, "x", seed=1)]
+    assert first not in others and others[0] != others[1]
+    heads = [str(head) for layer in first for head in layer]
+    assert len(set(heads)) == 6
+    assert all(head[-1] == N_PROMPT - 1 for layer in first for head in layer)
+
+
+def test_random_does_not_depend_on_the_batch(llama):
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT)
+    samples = ["x", "y", "z"]
+    for row, padding in enumerate(PADDING):
+        alone = random_choice(llama, ids[row : row + 1, padding:], mask[row : row + 1, padding:], samples[row])
+        assert alone == random_choice(llama, ids, mask, samples, row, padding)
+        back = random_choice(llama, ids.flip(0), mask.flip(0), samples[::-1], 2 - row, padding)
+        assert alone == back
+
+
+def test_random_is_uniform_but_for_the_last_token():
+    """10 000 draws of 2 from 5: the last always, each other one in four."""
+    counts = torch.zeros(5)
+    model = tiny_model("llama", num_hidden_layers=1)
+    ids = random_ids(1, 5).expand(1000, -1)
+    for seed in range(5):
+        cache = EvictingCache(model.config, Random(2, seed=seed), sample_ids=[str(row) for row in range(1000)])
+        feed(model, cache, ids, torch.ones_like(ids))
+        counts += cache.layers[0].positions.flatten().bincount(minlength=5)
+    assert counts[4] == 10_000
+    assert (counts[:4] - 2500).abs().max() < 200  # 4.6 standard deviations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_evicted_keys_free_their_memory(name, architecture, dtype):
+    model = tiny_model(architecture).to(dtype)
+    cache = EvictingCache(model.config, METHODS[name](8))
+    ids, mask = left_padded(0, 3, n_tokens=N_PROMPT + 3)
+    for n_decoded in decode(model, cache, ids, mask, 3):
+        slots = 8 + n_decoded if name in GROWS_IN_DECODE else 8
+        per_layer = 2 * 2 * slots * 2 * 16 * dtype.itemsize  # K and V, rows, slots, KV heads, dim
+        assert cache.cache_bytes == per_layer * len(cache.layers)
+        for layer in cache.layers:
+            assert layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() == per_layer
+            assert layer.bookkeeping_bytes <= 2 * 2 * slots * (8 + 4)
+
+
+def test_a_full_cache_holds_no_larger_tensor_alive():
+    """Phi-3 cuts its keys out of one fused projection."""
+    model = tiny_model("phi3")
+    cache = EvictingCache(model.config, Full())
+    feed(model, cache, *left_padded(0, n_tokens=N_PROMPT))
+    for layer in cache.layers:
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes == N_PROMPT * 2 * 16 * 4
+        assert layer.values.untyped_storage().nbytes() == layer.values.nbytes
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_the_full_keys_are_gone_at_once(name, llama, no_garbage_collection):
+    cache = EvictingCache(llama.config, METHODS[name](8))
+    feed(llama, cache, *left_padded(*PADDING, n_tokens=N_PROMPT))
+    assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 4 and x.shape[2] == N_PROMPT]
+
+
+@pytest.mark.parametrize("name", ["full", "h2o"])
+def test_a_cache_let_go_is_gone_at_once(name, llama, no_garbage_collection):
+    cache = EvictingCache(llama.config, METHODS[name](8))
+    ids = random_ids(1, N_PROMPT + 1)
+    feed(llama, cache, ids[:, :N_PROMPT])
+    feed(llama, cache, ids[:, N_PROMPT:])
+    keys = [weakref.ref(layer.keys) for layer in cache.layers]
+    assert all(reference() is not None for reference in keys)
+    del cache
+    assert all(reference() is None for reference in keys)
