@@ -21,7 +21,8 @@ class CAB(Method):
 
     * `curvature`: blocks of `block_size` keys, each represented by its key of largest norm, form a graph of mutual
       attention; blocks of lowest mean Forman-Ricci curvature first.
-    * `redundancy`: the same graph, blocks of highest mean W - redundancy * (W @ W) first.
+    * `redundancy`: the same graph, blocks of highest mean W - redundancy * (W @ W) first. This favours bridges whose
+      keys are longer than the others'; one of ordinary length can come last.
     * `median`: keys whose cumulative score is nearest the median of what is left.
 
     Of a chosen block all keys not yet kept are taken, the last block's by cumulative score. Below 6 blocks there is no
