@@ -26,6 +26,9 @@ class ModelConfig:
     kind: str = MISSING
     path: str | None = None
     shape: str | None = None
+    revision: str | None = None  # of a hub id
+    trust_remote_code: bool = False
+    use_safetensors: bool = True  # false also reads pickled weights, which can run code
     dtype: str | None = None  # default: the checkpoint's; float32 for tiny, bfloat16 for random
     max_length: int | None = None  # prompt and answer together, in tokens; default: the model's context
     device: str | None = None  # default: the GPU if there is one
@@ -71,7 +74,9 @@ class RunConfig:
     max_samples: int | None = None
     seed: int = 0
     data_dir: str | None = None
+    prompts: str | None = None
     prompts_file: str | None = None
+    cache_dir: str | None = None
     output_dir: str = "results/longbench_qa"
 
 
@@ -92,7 +97,9 @@ class Cell:
     seed: int
     max_samples: int | None
     data_dir: str | None
+    prompts: str | None
     prompts_file: str | None
+    cache_dir: str | None
     output_dir: str
     wandb: WandbConfig
 
@@ -149,7 +156,9 @@ def build_cell(config: DictConfig) -> Cell:
         seed=run.seed,
         max_samples=run.max_samples,
         data_dir=run.data_dir,
+        prompts=run.prompts,
         prompts_file=run.prompts_file,
+        cache_dir=run.cache_dir,
         output_dir=run.output_dir,
         wandb=run.wandb,
     )

@@ -1,9 +1,12 @@
 """The rows of a data set: LongBench v1 and LongBench-E files, and the project's own demo_qa."""
 
+import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any, TypeVar
+
+from experiments.longbench_qa.sources import Provenance, read_data
 
 T = TypeVar("T")
 
@@ -75,53 +78,55 @@ def base_name(dataset: str) -> str:
     raise ValueError(f"unknown data set {dataset!r}; known: {known}")
 
 
-def load_rows(dataset: str, data_dir: str | None, max_samples: int | None) -> list[Row]:
-    """The first `max_samples` rows (None: all) of `dataset`, in file order.
+def load_data(
+    dataset: str, data_dir: str | None, max_samples: int | None, cache_dir: str | None = None
+) -> tuple[list[Row], Provenance]:
+    """The first `max_samples` rows (None: all) of `dataset`, in file order, and where they come from.
 
-    `demo_qa` is generated; any other set is read from `data_dir/DATASET.jsonl` in LongBench's own format.
-    Rows after the last one asked for are neither read nor checked.
+    `demo_qa` is generated. Any other set is in LongBench's own format: `DATASET.jsonl` in the folder `data_dir`, or
+    (None) in the authors' data.zip, downloaded once into `cache_dir`. The sha256 is that of the whole file (demo_qa:
+    of its rows as canonical JSON), however many rows are asked for; rows after the last of these are not checked.
     Raises ValueError, with file and line number where there is one, for what is missing or malformed.
     """
     base_name(dataset)
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; allowed: an integer >= 1, or null for all rows")
     if dataset == DEMO:
-        from experiments.longbench_qa.demo_data import demo_rows  # here: demo_data itself needs Row
-
-        return demo_rows()[:max_samples]
-    return _read_jsonl(_find_file(dataset, data_dir), max_samples)
-
-
-def _find_file(dataset: str, data_dir: str | None) -> Path:
-    source = f"{dataset}.jsonl, from the data.zip of the LongBench data set"
-    if data_dir is None:
-        raise ValueError(f"{dataset} needs data_dir=DIR, a folder that holds {source}")
-    path = Path(data_dir) / f"{dataset}.jsonl"
-    if not path.parent.is_dir():
-        raise ValueError(f"data_dir={data_dir} is not a folder; {dataset} needs one that holds {source}")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; put there {source}")
-    return path
+        return _demo(max_samples)
+    content = read_data(dataset, data_dir, cache_dir)
+    return _parse_lines(content.raw, content.where, max_samples), content.provenance
 
 
-def _read_jsonl(path: Path, max_samples: int | None) -> list[Row]:
+def load_rows(dataset: str, data_dir: str | None, max_samples: int | None, cache_dir: str | None = None) -> list[Row]:
+    """`load_data` without the provenance."""
+    return load_data(dataset, data_dir, max_samples, cache_dir)[0]
+
+
+def _demo(max_samples: int | None) -> tuple[list[Row], Provenance]:
+    from experiments.longbench_qa.demo_data import demo_rows  # here: demo_data itself needs Row
+
+    rows = demo_rows()
+    canonical = json.dumps([asdict(row) for row in rows], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return rows[:max_samples], Provenance("builtin", hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def _parse_lines(content: bytes, file: str, max_samples: int | None) -> list[Row]:
     rows: list[Row] = []
     line_of_id: dict[str, int] = {}
     # Iterating over the bytes ends lines at \n only: str.splitlines would also cut at a U+2028 inside a text.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if len(rows) == max_samples:
-                break
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            row = _parse_line(line, where)
-            if row.id in line_of_id:
-                raise ValueError(f"{where}: _id {row.id!r} was already used in line {line_of_id[row.id]}")
-            line_of_id[row.id] = number
-            rows.append(row)
+    for number, line in enumerate(BytesIO(content), start=1):
+        if len(rows) == max_samples:
+            break
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        row = _parse_line(line, where)
+        if row.id in line_of_id:
+            raise ValueError(f"{where}: _id {row.id!r} was already used in line {line_of_id[row.id]}")
+        line_of_id[row.id] = number
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{file} holds no rows")
     return rows
 
 

@@ -9,10 +9,22 @@ from experiments.longbench_qa.prompts import FilledPrompt
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a whole prompt, template included."""
+    """A whole prompt, template included, as text and as tokens.
+
+    Attributes:
+        ids: token ids.
+        offsets: characters of `text` that each token stands for.
+        text: what was tokenised.
+        context: characters of `text` that are the context's.
+        context_end: tokens up to and including the context's last.
+        truncated: the middle was cut out.
+    """
 
     ids: list[int]
-    context_end: int  # tokens up to and including the context's last
+    offsets: list[tuple[int, int]]
+    text: str
+    context: tuple[int, int]
+    context_end: int
     truncated: bool
 
 
@@ -38,15 +50,23 @@ def encode_prompt(
         text += tokenizer.decode(ids[-half:], skip_special_tokens=True)
         if not text.endswith(tail):
             raise ValueError(f"the question and its template do not fit into half of {room} tokens")
-    context_end = len(text) - len(tail)
+    start, end = prompt.context_start, len(text) - len(tail)
     if use_template:
         inside = text.strip()  # some templates strip the message
         chat = _chat(tokenizer, text)
-        context_end += chat.index(inside) - text.index(inside)
-        text = chat
+        shift = chat.index(inside) - text.index(inside)
+        start, end, text = start + shift, end + shift, chat
     ids, offsets = _tokenise(tokenizer, text, special=not use_template)
-    after = (index for index, (start, end) in enumerate(offsets) if start >= context_end and end > start)
-    return EncodedPrompt(ids, context_end=next(after, len(ids)), truncated=truncated)
+    after = (index for index, (first, last) in enumerate(offsets) if first >= end and last > first)
+    return EncodedPrompt(ids, offsets, text, (start, end), context_end=next(after, len(ids)), truncated=truncated)
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerFast) -> list[str] | None:
+    """What the chat template puts before and after the message, a default system prompt included; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    mark = "MESSAGE"
+    return _chat(tokenizer, mark).split(mark, 1)
 
 
 def _chat(tokenizer: PreTrainedTokenizerFast, message: str) -> str:

@@ -1,6 +1,6 @@
 """LongBench v1 scores (arXiv 2308.14508), equal to the published ones to two decimals.
 
-Inside this module a score is a fraction 0-1; the two public functions return 0-100.
+Inside this module a score is a fraction 0-1; the three public functions return 0-100.
 """
 
 import logging
@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.longbench_qa.data import base_name
 
+Texts = Sequence[str]
 NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 # Punctuation of Chinese answers beside ASCII's. A few marks are not in it (U+300A, U+FF0E, U+00B7): LongBench
 # leaves them in the text, and scores must agree.
@@ -104,48 +105,31 @@ def code_similarity(prediction: str, answer: str) -> float:
 
 
 METRICS: dict[str, Callable[..., float]] = {
-    "demo_qa": qa_f1,
-    "narrativeqa": qa_f1,
-    "qasper": qa_f1,
-    "multifieldqa_en": qa_f1,
+    **dict.fromkeys(("demo_qa", "narrativeqa", "qasper", "multifieldqa_en", "triviaqa"), qa_f1),
+    **dict.fromkeys(("hotpotqa", "2wikimqa", "musique"), qa_f1),
     "multifieldqa_zh": qa_f1_zh,
-    "hotpotqa": qa_f1,
-    "2wikimqa": qa_f1,
-    "musique": qa_f1,
-    "dureader": rouge_l_zh,
-    "gov_report": rouge_l,
-    "qmsum": rouge_l,
-    "multi_news": rouge_l,
-    "vcsum": rouge_l_zh,
-    "trec": classification,
-    "triviaqa": qa_f1,
-    "samsum": rouge_l,
-    "lsht": classification,
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), rouge_l),
+    **dict.fromkeys(("dureader", "vcsum"), rouge_l_zh),
+    **dict.fromkeys(("trec", "lsht"), classification),
     "passage_count": number_match,
     "passage_retrieval_en": partial(retrieval, label="Paragraph "),
     "passage_retrieval_zh": partial(retrieval, label="段落"),
-    "lcc": code_similarity,
-    "repobench-p": code_similarity,
+    **dict.fromkeys(("lcc", "repobench-p"), code_similarity),
 }
 FIRST_LINE_ONLY = frozenset({"trec", "triviaqa", "samsum", "lsht"})
+LENGTHS = {"0-4k": range(4000), "4-8k": range(4000, 8000), "8k+": range(8000, sys.maxsize)}  # LongBench-E
 
 
-def score_sample(
-    dataset: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None = None
-) -> float:
+def score_sample(dataset: str, prediction: str, answers: Texts, all_classes: Texts | None = None) -> float:
     """The prediction's best score over the reference answers, 0-100.
 
-    `all_classes` is needed for trec and lsht only.
-    Raises ValueError for an unknown data set or missing classes.
+    `all_classes` is needed for trec and lsht only. Raises ValueError for an unknown data set or missing classes.
     """
     return 100 * _best(dataset, prediction, answers, all_classes)
 
 
 def score_dataset(
-    dataset: str,
-    predictions: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    all_classes: Sequence[str] | None = None,
+    dataset: str, predictions: Texts, answers: Sequence[Texts], all_classes: Texts | None = None
 ) -> float:
     """Mean of the samples' scores, 0-100, not rounded. `answers` holds one list of references a prediction.
 
@@ -158,7 +142,25 @@ def score_dataset(
     return 100 * total / len(predictions)
 
 
-def _best(dataset: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] | None) -> float:
+def score_by_length(
+    dataset: str, predictions: Texts, answers: Sequence[Texts], lengths: Sequence[int], all_classes: Texts | None = None
+) -> dict[str, float]:
+    """`score_dataset` of each bucket of LongBench-E, by the rows' own `length`. A bucket without rows is absent.
+
+    Raises ValueError as `score_dataset` does, but for no predictions, and for another number of lengths.
+    """
+    if not len(predictions) == len(answers) == len(lengths):
+        given = f"{len(predictions)} predictions, {len(answers)} lists of answers and {len(lengths)} lengths"
+        raise ValueError(f"{dataset}: got {given}; need as many of each")
+    buckets = {name: [i for i, length in enumerate(lengths) if length in span] for name, span in LENGTHS.items()}
+    return {
+        name: score_dataset(dataset, [predictions[i] for i in rows], [answers[i] for i in rows], all_classes)
+        for name, rows in buckets.items()
+        if rows
+    }
+
+
+def _best(dataset: str, prediction: str, answers: Texts, all_classes: Texts | None) -> float:
     name = base_name(dataset)
     metric = METRICS[name]
     if metric is classification:

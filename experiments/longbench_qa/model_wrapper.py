@@ -1,22 +1,25 @@
 """A model that answers prompts with an evicting cache, and says what that took."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from cab_attention import EvictingCache, Full, Method
+from experiments.longbench_qa.answer_kept import answer_tokens, share_kept
 from experiments.longbench_qa.config import ModelConfig
-from experiments.longbench_qa.encoding import encode_prompt
+from experiments.longbench_qa.encoding import chat_frame, encode_prompt
+from experiments.longbench_qa.greedy import GreedyDecoder, refuse_rope_switch, stop_ids
+from experiments.longbench_qa.memory import MemoryMeter, refuse_eager_that_cannot_fit
 from experiments.longbench_qa.models import LoadedModel, load
 from experiments.longbench_qa.prompts import FilledPrompt
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer and its cost. Memory in bytes, over the weights; None where there is no GPU to measure it on."""
+    """An answer and its cost. Peaks are over the weights; None where there is no GPU to measure them on."""
 
     text: str
     prompt_tokens: int
@@ -25,12 +28,16 @@ class Generation:
     compressed_tokens: int  # prompt tokens seen when the cache was cut
     budget_tokens: int  # what the budget came to
     kept_tokens: float  # right after the prompt, mean over layers and KV heads
+    answer_kept: float | None  # share of the answer's tokens in the context that survived; None if it has none
+    effective: dict[str, int]  # the method's window and sinks at this budget
     cache_bytes: int  # K and V right after the prompt
     bookkeeping_bytes: int  # positions and scores
     prefill_ms: float
     decode_ms_per_token: float | None  # None if the first token ended the answer
+    weights_bytes: int | None
     prefill_peak_bytes: int | None
     decode_peak_bytes: int | None
+    total_peak_bytes: int | None
 
 
 class ModelWrapper:
@@ -38,12 +45,14 @@ class ModelWrapper:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self.eager = False
         self._loaded: LoadedModel | None = None
 
     def load(self, force_eager_attention: bool = False) -> "ModelWrapper":
         """Load the weights if they are not, and choose the attention: `cab`, or the model's own eager attention."""
         if self._loaded is None:
             self._loaded = load(self.config)
+        self.eager = force_eager_attention
         self._loaded.model.set_attn_implementation("eager_with_scores" if force_eager_attention else "cab")
         self._warm_up(self._loaded.model)
         return self
@@ -63,6 +72,22 @@ class ModelWrapper:
             self.load()
         assert self._loaded is not None
         return self._loaded
+
+    def description(self) -> dict[str, Any]:
+        """What was loaded, for the record."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        return {
+            "name": self.config.name,
+            "path": self.config.path,
+            "revision": self.loaded.revision,
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "attention": model.config._attn_implementation,
+            "max_length": self.max_length,
+            "stop_ids": sorted(stop_ids(model, tokenizer, stop_at_newline=False)),
+            "chat_frame": chat_frame(tokenizer),
+        }
 
     @property
     def max_length(self) -> int:
@@ -87,6 +112,7 @@ class ModelWrapper:
         chat_template: bool = True,
         stop_at_newline: bool = False,
         sample_id: str = "",
+        answers: Sequence[str] = (),
         on_compressed: Callable[[EvictingCache], None] | None = None,
     ) -> Generation:
         """Answer greedily: the argmax of the logits and nothing else.
@@ -96,7 +122,12 @@ class ModelWrapper:
             method: what to keep of the prompt (`after_prompt`) or of its context (`after_context`: what follows the
                 context is kept and comes on top of the budget).
             sample_id: seeds methods that draw.
+            answers: references, to look for in the context (`answer_kept`).
             on_compressed: called with the cache when the prompt is through.
+
+        Raises:
+            ValueError: the prompt does not fit. MemoryError: eager attention would not. FloatingPointError: the logits
+            are not numbers. RuntimeError: the model did not use the cache.
         """
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         if isinstance(prompt, str):
@@ -106,40 +137,40 @@ class ModelWrapper:
         encoded = encode_prompt(tokenizer, prompt, self.max_length - max_new_tokens, chat_template)
         n_prompt = len(encoded.ids)
         compress_at = encoded.context_end if compress == "after_context" else n_prompt
-        _refuse_rope_switch(model.config, n_prompt, max_new_tokens)
+        refuse_rope_switch(model, n_prompt, max_new_tokens)
+        if self.eager:
+            for first, last in ((0, compress_at), (compress_at, n_prompt)):
+                refuse_eager_that_cannot_fit(model, last - first, last)
         cache = EvictingCache(
             model.config, method, prompt_tokens=n_prompt, compress_at=compress_at, sample_ids=sample_id
         )
-        stops = _stop_ids(model, tokenizer)
-        meter = _MemoryMeter(model.device)
-
-        def forward(ids: torch.Tensor) -> torch.Tensor:
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if output.past_key_values is not cache:
-                raise RuntimeError(f"{self.config.name} went on with a cache of its own: nothing would be evicted")
-            return output.logits[:, -1].argmax(-1, keepdim=True)
+        stops = stop_ids(model, tokenizer, stop_at_newline)
+        decoder, meter = GreedyDecoder(model, cache), MemoryMeter(model.device)
 
         ids = torch.tensor([encoded.ids], device=model.device)
         started = meter.start()
-        token = forward(ids[:, :compress_at])
         if compress_at < n_prompt:
-            token = forward(ids[:, compress_at:])
-        answer = [int(token)]
+            decoder.step(ids[:, :compress_at])
+            ids = ids[:, compress_at:]
+        # LongBench's authors let an answer that stops at a newline have at least one token.
+        token, ids = decoder.step(ids, forbidden=stops if stop_at_newline else frozenset())
+        answer = [token]
         prefill_ms, prefill_peak = meter.stop(started)
         if on_compressed is not None:
             on_compressed(cache)
+        answer_kept = share_kept(answer_tokens(encoded, answers), [layer.positions for layer in cache.layers])
         kept = torch.stack([(layer.positions >= 0).sum(-1).double().mean() for layer in cache.layers]).mean().item()
         cache_bytes, bookkeeping_bytes = cache.cache_bytes, cache.bookkeeping_bytes
 
         started = meter.start()
         while len(answer) < max_new_tokens and answer[-1] not in stops:
-            if stop_at_newline and "\n" in tokenizer.decode(answer[1:]):
-                break
-            token = forward(token)
-            answer.append(int(token))
+            token, ids = decoder.step(ids)
+            answer.append(token)
         decode_ms, decode_peak = meter.stop(started)
         cache.check_saw(n_prompt + len(answer) - 1)
 
+        budget_tokens = method.parsed_budget.tokens(compress_at)
+        peaks = [peak for peak in (prefill_peak, decode_peak) if peak is not None]
         text = tokenizer.decode(answer[:-1] if answer[-1] in stops else answer, skip_special_tokens=True)
         return Generation(
             text=text,
@@ -147,50 +178,16 @@ class ModelWrapper:
             generated_tokens=len(answer),
             truncated=encoded.truncated,
             compressed_tokens=compress_at,
-            budget_tokens=method.parsed_budget.tokens(compress_at),
+            budget_tokens=budget_tokens,
             kept_tokens=kept,
+            answer_kept=answer_kept,
+            effective=method.effective(budget_tokens),
             cache_bytes=cache_bytes,
             bookkeeping_bytes=bookkeeping_bytes,
             prefill_ms=prefill_ms,
             decode_ms_per_token=decode_ms / (len(answer) - 1) if len(answer) > 1 else None,
+            weights_bytes=meter.weights_bytes,
             prefill_peak_bytes=prefill_peak,
             decode_peak_bytes=decode_peak,
-        )
-
-
-class _MemoryMeter:
-    """Wall time in ms, and peak memory over what is allocated now (the weights), where there is a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device if device.type == "cuda" else None
-        self.base = torch.cuda.memory_allocated(self.device) if self.device else 0
-
-    def start(self) -> float:
-        if self.device:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return time.perf_counter()
-
-    def stop(self, started: float) -> tuple[float, int | None]:
-        if self.device:
-            torch.cuda.synchronize(self.device)
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        return elapsed_ms, torch.cuda.max_memory_allocated(self.device) - self.base if self.device else None
-
-
-def _stop_ids(model: torch.nn.Module, tokenizer: object) -> frozenset[int]:
-    """EOS ids of the generation config (there may be several) and of the tokenizer."""
-    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)  # type: ignore[attr-defined]
-
-
-def _refuse_rope_switch(config: object, n_prompt: int, max_new_tokens: int) -> None:
-    """LongRoPE models (Phi-3) change RoPE factors past `original_max_position_embeddings`: cached keys go stale."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    switch = getattr(config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope" and switch and n_prompt <= switch < n_prompt + max_new_tokens:
-        raise ValueError(
-            f"the answer would run over position {switch}, where this model switches its RoPE factors and a cache "
-            "becomes stale: give a model.max_length on either side"
+            total_peak_bytes=meter.weights_bytes + max(peaks) if meter.weights_bytes is not None else None,
         )

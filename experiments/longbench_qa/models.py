@@ -46,8 +46,11 @@ def _from_shape(shape: dict[str, Any], dtype: str, device: str, seed: int) -> Pr
 def _from_checkpoint(config: ModelConfig, device: str) -> LoadedModel:
     assert config.path is not None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path)
-        model = load_model_with_attention(config.path, "cab", device=device, dtype=config.dtype)
+        source: dict[str, Any] = dict(revision=config.revision or "main", trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, **source)
+        model = load_model_with_attention(
+            config.path, "cab", device=device, dtype=config.dtype, use_safetensors=config.use_safetensors, **source
+        )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

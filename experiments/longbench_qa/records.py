@@ -1,107 +1,170 @@
-"""A cell's folder: config.json says what it is, predictions.jsonl holds a line a sample, metrics.json the result."""
+"""A cell's folder: config.json says what it is, predictions.jsonl holds a line a sample, metrics.json the result.
 
+What is there is never overwritten: a run adds the samples that are missing, or refuses a folder that is not its own.
+"""
+
+import fcntl
 import json
 import os
-import platform
-import subprocess
-from importlib.metadata import version
+import socket
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
-import torch
-
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "cab-attention")
+FORMAT = 1  # of the three files; a folder of another format is refused, not converted
+SAMPLE_KEYS = {"id", "prediction", "answers", "score", "error"}
 
 
 class CellRecords:
-    """Reads and writes one cell's folder. A sample's line is on disk before the next sample begins."""
+    """One process's hold on a cell's folder. Use as a context manager.
+
+    Raises ValueError, one line, if the folder cannot be written, is in use, or holds something else.
+
+    Attributes:
+        samples: the recorded samples by id.
+        metrics: metrics.json as an earlier run left it, empty if none did.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Open the folder, making it if need be. Raises ValueError if it cannot be written or holds another cell."""
         self.folder = folder
+        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))  # as it will be read back
+        self.config_path = folder / "config.json"
         self.predictions_path = folder / "predictions.jsonl"
         self.metrics_path = folder / "metrics.json"
-        config_path = folder / "config.json"
-        identity = json.loads(json.dumps(identity))  # as it will be read back
+        self.samples: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, Any] = {}
+        self._writing = threading.RLock()
+        self._held: IO[str] | None = None
+
+    def __enter__(self) -> "CellRecords":
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if config_path.exists():
-                _refuse_other_cell(config_path, identity)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held = _hold(self.folder / ".lock")
+            if self.config_path.exists():
+                self._refuse_other_cell()
+                self.metrics = self._read_metrics()
+            elif self.predictions_path.exists():
+                raise ValueError(f"{self.folder} has predictions.jsonl but no config.json: not a cell of this harness")
             else:
-                _write_whole(config_path, identity)
+                _write_whole(self.config_path, self.identity)
+            self.samples = self._read_predictions()
         except OSError as error:
-            raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
-        self.samples = self._read_predictions()
+            self.__exit__(None, None, None)
+            raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from error
+        except ValueError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._held is not None:
+            self._held.close()  # and with it the lock
+            self._held = None
+
+    def _refuse_other_cell(self) -> None:
+        found, mine = _read_object(self.config_path), self.identity
+        different = sorted(key for key in mine.keys() | found.keys() if mine.get(key) != found.get(key))
+        if different:
+            changes = "; ".join(f"{key}: {found.get(key)} there, {mine.get(key)} now" for key in different)
+            raise ValueError(f"{self.folder} holds another cell ({changes}): give another output_dir")
+
+    def _read_metrics(self) -> dict[str, Any]:
+        return _read_object(self.metrics_path) if self.metrics_path.exists() else {}
 
     def _read_predictions(self) -> dict[str, dict[str, Any]]:
         if not self.predictions_path.exists():
             return {}
-        text = self.predictions_path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]  # a line cut short by a crash is done again
-        if len(whole) < len(text):
-            with self.predictions_path.open("r+b") as file:
-                file.truncate(len(whole))
-        samples = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        content = self.predictions_path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        samples: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            where = f"{self.predictions_path}, line {number}"
             try:
                 sample = json.loads(line)
-                samples[sample["id"]] = sample
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{self.predictions_path}, line {number}: not a record of this harness") from None
+            except ValueError:
+                raise ValueError(f"{where}: not a record of this harness (not JSON)") from None
+            if not isinstance(sample, dict) or not sample.keys() >= SAMPLE_KEYS:
+                raise ValueError(f"{where}: not a record of this harness")
+            if sample["id"] in samples:
+                raise ValueError(f"{where}: sample {sample['id']!r} is there twice")
+            samples[sample["id"]] = sample
+        if len(whole) < len(content):  # a line cut short by a crash: done again
+            os.truncate(self.predictions_path, len(whole))
         return samples
 
     def add(self, sample: dict[str, Any]) -> None:
-        """Append a sample's record and flush it to disk."""
-        with self.predictions_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.samples[sample["id"]] = sample
+        """Append a sample's record and flush it to disk before returning."""
+        line = (json.dumps(sample, ensure_ascii=False) + "\n").encode()
+        with self._writing:
+            try:
+                with self.predictions_path.open("ab", buffering=0) as file:
+                    end = file.tell()
+                    try:
+                        if file.write(line) < len(line):
+                            raise OSError(0, "no room for a whole record")
+                        os.fsync(file.fileno())
+                    except OSError:
+                        os.truncate(self.predictions_path, end)
+                        raise
+            except OSError as error:
+                kept = f"the {len(self.samples)} samples recorded before are intact"
+                raise ValueError(f"cannot write to {self.predictions_path}: {error.strerror}; {kept}") from error
+            self.samples[sample["id"]] = sample
+
+    def stop_adding(self) -> None:
+        """From now on only this thread writes, until the process ends: what it reads stays what is on disk."""
+        self._writing.acquire()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json in one step."""
-        _write_whole(self.metrics_path, metrics)
+        with self._writing:
+            try:
+                _write_whole(self.metrics_path, metrics)
+            except OSError as error:
+                raise ValueError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
 
-def _refuse_other_cell(path: Path, identity: dict[str, Any]) -> None:
+def _hold(path: Path) -> IO[str]:
+    """Lock a file for this process, however it ends; raises ValueError that names who holds it."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"{path.parent} is being written by {holder}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+    file.flush()
+    return file
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of this format. Raises ValueError for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is not a cell's config") from None
-    different = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
-    if different:
-        changes = "; ".join(f"{key}: {found.get(key)} there, {identity.get(key)} now" for key in different)
-        raise ValueError(f"{path.parent} holds another cell ({changes}): give another output_dir")
+        version = found["format"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} was not written by this harness") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} is of format {version}, this version writes format {FORMAT}")
+    return found
 
 
 def _write_whole(path: Path, content: dict[str, Any]) -> None:
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were made with: library versions, GPU, and the commit of this repository."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
     try:
-        return version(package)
-    except ModuleNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit hash, with `-dirty` when tracked files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.longbench_qa.cell import run_cell
 from experiments.longbench_qa.config import Cell, build_cell, register_schema
+from experiments.longbench_qa.interrupt import closing_on_signals
 from experiments.longbench_qa.model_wrapper import ModelWrapper
 from experiments.longbench_qa.summary import print_summary
 
@@ -39,7 +40,7 @@ def _run_with_progress(cell: Cell) -> dict[str, Any]:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        return run_cell(cell, _model_for(cell), show)
+        return run_cell(cell, _model_for(cell), show, closing_on_signals)
 
 
 @hydra.main(config_path="../../conf", config_name="config", version_base="1.3")

@@ -16,6 +16,7 @@ COLUMNS = (
     "n",
     "score",
     "kept tokens",
+    "answer kept",
     "cache MiB",
     "prefill ms",
     "ms/token",
@@ -24,17 +25,18 @@ COLUMNS = (
 
 
 def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
-    """One line a cell, in the order they ran; a cell that ran twice is listed once.
+    """One line a complete cell, in the order they ran; below, what is incomplete and why.
 
-    Kept tokens and cache are right after the prompt, per layer and KV head and for K and V of all layers; times are
-    means over samples, the peak is over the weights.
+    A cell that ran twice is listed once. Kept tokens and cache are right after the prompt, per layer and KV head and
+    for K and V of all layers; times are means over samples, the peak is over the weights.
     """
     table = Table(title="LongBench QA")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("model", "method", "data set") else "right", no_wrap=True)
-    for cell, metrics in {cell.folder: (cell, metrics) for cell, metrics in cells}.values():
+    latest = {cell.folder: (cell, metrics) for cell, metrics in cells}.values()
+    complete = [(cell, metrics) for cell, metrics in latest if metrics["status"] == "complete"]
+    for cell, metrics in complete:
         model, method, _, dataset = cell.folder.relative_to(cell.output_dir).parts
-        failed = f" ({metrics['n_failed']} failed)" if metrics["n_failed"] else ""
         error = metrics["standard_error"]
         peaks = [metrics[f"max_{phase}_peak_bytes"] for phase in ("prefill", "decode")]
         cache = metrics["mean_cache_bytes"]
@@ -43,9 +45,10 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
             method,
             metrics["budget"],
             dataset,
-            f"{metrics['n']}{failed}",
+            str(metrics["n"]),
             _number(metrics["score"], 2) + (f" ± {error:.2f}" if error is not None else ""),
             _number(metrics["mean_kept_tokens"], 1),
+            _number(metrics["mean_answer_kept"], 3),
             _number(cache / MIB if cache is not None else None, 3),
             _number(metrics["mean_prefill_ms"], 1),
             _number(metrics["mean_decode_ms_per_token"], 2),
@@ -54,7 +57,12 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
     console = Console()
     if not console.is_terminal:  # a log file has no width
         console = Console(width=160)
-    console.print(table)
+    if complete:
+        console.print(table)
+    for cell, metrics in latest:
+        if metrics["status"] != "complete":
+            counts = f"{metrics['n']} of {metrics['n_rows']} samples finished, {metrics['n_failed']} failed"
+            console.print(f"incomplete, not in the table: {cell.folder}: {counts}", soft_wrap=True)
 
 
 def _number(value: float | None, digits: int) -> str:

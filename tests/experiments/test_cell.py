@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from cab_attention import H2O, Full
+from cab_attention import Full
 from experiments.longbench_qa import cell as cell_module
 from experiments.longbench_qa.cell import run_cell
-from experiments.longbench_qa.config import Cell, DatasetConfig, ModelConfig, WandbConfig
+from experiments.longbench_qa.config import Cell, DatasetConfig
 from experiments.longbench_qa.model_wrapper import ModelWrapper
-
-MODEL = ModelConfig(name="tiny", kind="tiny", max_length=300)
+from tests.experiments import cells
+from tests.experiments.cells import MODEL, recorded
 
 
 @pytest.fixture(scope="module")
@@ -20,30 +20,14 @@ def model() -> ModelWrapper:
 
 @pytest.fixture
 def demo_cell(tmp_path: Path) -> Cell:
-    return Cell(
-        model=MODEL,
-        method=H2O(32),
-        dataset=DatasetConfig(name="demo_qa", max_new_tokens=4),
-        attention="cab",
-        compress="after_prompt",
-        seed=0,
-        max_samples=3,
-        data_dir=None,
-        prompts_file=None,
-        output_dir=str(tmp_path),
-        wandb=WandbConfig(mode="disabled"),
-    )
-
-
-def lines(cell: Cell) -> list[dict]:
-    return [json.loads(line) for line in (cell.folder / "predictions.jsonl").read_text().splitlines()]
+    return cells.demo_cell(tmp_path)
 
 
 def test_a_cell_leaves_its_records(demo_cell: Cell, model: ModelWrapper):
     seen = []
     metrics = run_cell(demo_cell, model, lambda done, total: seen.append((done, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    samples = lines(demo_cell)
+    samples = recorded(demo_cell)
     assert len({sample["id"] for sample in samples}) == len(samples) == 3
     assert json.loads((demo_cell.folder / "metrics.json").read_text()) == metrics
     assert metrics["n"] == 3
@@ -54,7 +38,10 @@ def test_a_cell_leaves_its_records(demo_cell: Cell, model: ModelWrapper):
     assert metrics["mean_kept_tokens"] == metrics["mean_budget_tokens"] == 32
     assert metrics["mean_cache_bytes"] == samples[0]["cache_bytes"]
     assert metrics["config"]["method"] == {"name": "h2o", "budget": 32, "recent": None}
-    assert metrics["environment"]["packages"]["torch"]
+    assert metrics["environments"][-1]["packages"]["torch"]
+    assert metrics["model"]["attention"] == "cab"
+    assert metrics["data"]["source"] == metrics["prompt"]["source"] == "builtin"
+    assert metrics["effective"] == {"window_eff": [16, 16]}
 
 
 def test_a_rerun_skips_what_is_there_and_more_samples_extend_it(
@@ -75,10 +62,10 @@ def test_a_rerun_skips_what_is_there_and_more_samples_extend_it(
 def test_a_line_cut_short_is_done_again(demo_cell: Cell, model: ModelWrapper):
     run_cell(demo_cell, model)
     path = demo_cell.folder / "predictions.jsonl"
-    whole = lines(demo_cell)
+    whole = recorded(demo_cell)
     path.write_bytes(path.read_bytes()[:-20])
     run_cell(demo_cell, model)
-    assert [sample["prediction"] for sample in lines(demo_cell)] == [sample["prediction"] for sample in whole]
+    assert [sample["prediction"] for sample in recorded(demo_cell)] == [sample["prediction"] for sample in whole]
 
 
 def test_a_failed_sample_is_recorded_and_not_scored(
@@ -91,10 +78,10 @@ def test_a_failed_sample_is_recorded_and_not_scored(
             raise RuntimeError("no memory left")
         return generate(self, *args, sample_id=sample_id, **kwargs)
 
-    lines_before = [row.id for row in cell_module.load_rows("demo_qa", None, 3)]
+    lines_before = [row.id for row in cell_module.load_data("demo_qa", None, 3)[0]]
     monkeypatch.setattr(ModelWrapper, "generate", fail_once)
     metrics = run_cell(demo_cell, model)
-    samples = lines(demo_cell)
+    samples = recorded(demo_cell)
     assert [sample["error"] for sample in samples] == [None, "RuntimeError: no memory left", None]
     assert samples[1]["score"] is None
     assert (metrics["n"], metrics["n_failed"], metrics["status"]) == (2, 1, "incomplete")
@@ -108,6 +95,42 @@ def test_another_cell_in_the_folder_is_refused(demo_cell: Cell, model: ModelWrap
         run_cell(replace(demo_cell, method=Full()), model)
 
 
+def test_other_data_in_the_folder_is_refused(longbench: Path, demo_cell: Cell, tmp_path: Path):
+    rows = (longbench / "data" / "hotpotqa.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "hotpotqa.jsonl").write_bytes(rows[0])
+    cell = replace(
+        demo_cell,
+        model=replace(MODEL, max_length=1024),
+        dataset=DatasetConfig(name="hotpotqa", max_new_tokens=2),
+        data_dir=str(tmp_path),
+        prompts_file=str(longbench / "config" / "dataset2prompt.json"),
+    )
+    run_cell(cell, ModelWrapper(cell.model))
+    (tmp_path / "hotpotqa.jsonl").write_bytes(rows[1])
+    with pytest.raises(ValueError, match="data_sha256"):
+        run_cell(cell, ModelWrapper(cell.model))
+
+
+def test_a_finished_cell_keeps_what_it_was_made_with(demo_cell: Cell, model: ModelWrapper):
+    first = run_cell(demo_cell, model)
+    again = run_cell(demo_cell, model)
+    assert again == first
+
+
+def test_longbench_e_has_its_length_buckets(longbench: Path, demo_cell: Cell):
+    cell = replace(
+        demo_cell,
+        model=replace(MODEL, max_length=1024),
+        dataset=DatasetConfig(name="hotpotqa_e", max_new_tokens=2),
+        data_dir=str(longbench / "data"),
+        prompts_file=str(longbench / "config" / "dataset2prompt.json"),
+        max_samples=4,
+    )
+    metrics = run_cell(cell, ModelWrapper(cell.model))
+    assert set(metrics["score_by_length"]) <= {"0-4k", "4-8k", "8k+"}
+    assert metrics["score_by_length"]
+
+
 def test_foreign_lines_are_refused_by_number(demo_cell: Cell, model: ModelWrapper):
     run_cell(demo_cell, model)
     path = demo_cell.folder / "predictions.jsonl"
@@ -119,7 +142,7 @@ def test_foreign_lines_are_refused_by_number(demo_cell: Cell, model: ModelWrappe
 def test_bad_requests_are_refused_before_the_model_loads(demo_cell: Cell, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ModelWrapper, "load", lambda *args, **kwargs: pytest.fail("too late"))
     for changes in (
-        {"dataset": DatasetConfig(name="hotpotqa", max_new_tokens=4)},
+        {"dataset": DatasetConfig(name="hotpotqa", max_new_tokens=4), "data_dir": "/proc/nowhere"},
         {"max_samples": 0},
         {"output_dir": "/proc/nowhere"},
     ):

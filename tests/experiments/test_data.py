@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -5,7 +6,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, Row, base_name, load_rows
+from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, Row, base_name, load_data, load_rows
+from experiments.longbench_qa.sources import Provenance
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NO_CHAT_TEMPLATE = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
@@ -37,6 +39,10 @@ def line(**changes: Any) -> str:
 
 def without(key: str) -> str:
     return json.dumps({name: value for name, value in fields().items() if name != key})
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_names() -> None:
@@ -80,8 +86,6 @@ def test_demo_needs_no_data_dir() -> None:
 
 
 def test_where_the_file_should_be(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"qasper_e needs data_dir=DIR.* holds qasper_e\.jsonl"):
-        load_rows("qasper_e", None, None)
     with pytest.raises(ValueError, match=r"data_dir=.*nowhere is not a folder; qasper needs .*qasper\.jsonl"):
         load_rows("qasper", str(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match=r"qasper\.jsonl does not exist; put there qasper\.jsonl"):
@@ -118,6 +122,22 @@ def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "lcc.jsonl").write_bytes(b'{"_id": "\xff"}\n')
     with pytest.raises(ValueError, match=r"lcc\.jsonl, line 1: not UTF-8"):
         load_rows("lcc", str(tmp_path), None)
+
+
+def test_where_rows_come_from(tmp_path: Path) -> None:
+    data_dir = write(tmp_path, line(), line(_id="b"))
+    rows, provenance = load_data("hotpotqa", data_dir, 1)
+    assert len(rows) == 1
+    # The whole file's, so that it says which file it was.
+    assert provenance == Provenance("folder", sha256((tmp_path / "hotpotqa.jsonl").read_bytes()))
+
+
+def test_where_the_demo_comes_from() -> None:
+    rows, provenance = load_data(DEMO, None, 2)
+    assert len(rows) == 2
+    every = [vars(row) for row in load_rows(DEMO, None, None)]
+    canonical = json.dumps(every, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert provenance == Provenance("builtin", sha256(canonical.encode()))
 
 
 def test_empty_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from experiments.longbench_qa.encoding import encode_prompt
+from experiments.longbench_qa.encoding import chat_frame, encode_prompt
 from experiments.longbench_qa.models import byte_tokenizer
 from experiments.longbench_qa.prompts import FilledPrompt, fill_template
 
@@ -85,3 +86,48 @@ def test_a_question_that_does_not_fit_is_refused(tokenizer):
 def test_a_prompt_of_context_alone_ends_with_it(tokenizer):
     encoded = encode_prompt(tokenizer, fill_template("{context}", "abc", ""), 100, chat_template=False)
     assert encoded.context_end == len(encoded.ids) == 3
+
+
+def bos_tokenizer():
+    """One that puts a BOS before every text, as Llama's does."""
+    tokenizer = byte_tokenizer()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return tokenizer
+
+
+def test_one_bos_without_a_template_and_none_of_its_own_with_one():
+    tokenizer = bos_tokenizer()
+    plain = encode_prompt(tokenizer, prompt("abc"), 100, chat_template=True)
+    assert plain.ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = CHAT
+    chat = encode_prompt(tokenizer, prompt("abc"), 100, chat_template=True)
+    for encoded in (plain, chat):
+        assert encoded.ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.decode(encoded.ids[: encoded.context_end]).endswith("Read:\nabc")
+
+
+def test_the_bos_counts_in_the_truncation_and_is_not_doubled():
+    filled = prompt("".join(f"{i:05d}" for i in range(1000)))
+    encoded = encode_prompt(bos_tokenizer(), filled, 200, chat_template=True)
+    text = filled.text[:99] + filled.text[-100:]  # half of 200 tokens, the first of them the BOS
+    assert bos_tokenizer().decode(encoded.ids) == "<s>" + text
+    assert len(encoded.ids) == 200
+
+
+def test_thinking_is_off_where_a_template_has_it(chat_tokenizer):
+    chat_tokenizer.chat_template = CHAT + "{% if enable_thinking is not false %}<think>{% endif %}"
+    encoded = encode_prompt(chat_tokenizer, prompt("abc"), 100, chat_template=True)
+    assert "<think>" not in chat_tokenizer.decode(encoded.ids)
+
+
+def test_a_rows_text_is_data_to_a_chat_template(chat_tokenizer):
+    hostile = "{{ 7 * 7 }} {% raw %} {messages.__class__} {0} %s </s>"
+    encoded = encode_prompt(chat_tokenizer, prompt(hostile, hostile), 1000, chat_template=True)
+    assert encoded.text == "<s>[" + prompt(hostile, hostile).text + "]>"
+
+
+def test_a_default_system_prompt_is_on_record(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ '<system>You are helpful.' }}" + CHAT
+    assert chat_frame(chat_tokenizer) == ["<system>You are helpful.<s>[", "]>"]
+    assert chat_frame(byte_tokenizer()) is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E
-from experiments.longbench_qa.metrics import FIRST_LINE_ONLY, METRICS, score_dataset, score_sample
+from experiments.longbench_qa.metrics import FIRST_LINE_ONLY, METRICS, score_by_length, score_dataset, score_sample
 
 
 def approx(value: float) -> Any:
@@ -148,6 +148,25 @@ def test_unknown_data_set(call: Callable[..., float]) -> None:
 def test_counts_must_agree(predictions: list[str], answers: list[list[str]]) -> None:
     with pytest.raises(ValueError, match=f"{len(predictions)} predictions and 0 lists"):
         score_dataset("hotpotqa", predictions, answers, None)
+
+
+def test_scores_by_length() -> None:
+    predictions = ["a1", "x", "a1", "x", "x", "a1"]
+    lengths = [3999, 0, 4000, 7999, 8000, 120_000]
+    scores = score_by_length("hotpotqa_e", predictions, [["a1"]] * 6, lengths)
+    assert list(scores) == ["0-4k", "4-8k", "8k+"]
+    assert list(scores.values()) == [50, 50, 50]
+    assert score_by_length("hotpotqa_e", ["a1"], [["a1"]], [3999]) == {"0-4k": 100}
+    assert score_by_length("hotpotqa_e", ["a1"], [["a1"]], [4000]) == {"4-8k": 100}
+    assert score_by_length("hotpotqa_e", ["a1", "x"], [["a1"]] * 2, [8000, 7999]) == {"4-8k": 0, "8k+": 100}
+    assert score_by_length("trec_e", ["Food\nDate"], [["Food"]], [9], ["Food", "Date"]) == {"0-4k": 100}
+    assert score_by_length("hotpotqa_e", [], [], []) == {}
+
+
+@pytest.mark.parametrize(("n_answers", "n_lengths"), [(2, 1), (1, 2)])
+def test_scores_by_length_need_as_many_of_each(n_answers: int, n_lengths: int) -> None:
+    with pytest.raises(ValueError, match=f"1 predictions, {n_answers} lists of answers and {n_lengths} lengths"):
+        score_by_length("lcc_e", ["x"], [["x"]] * n_answers, [1] * n_lengths)
 
 
 def test_import_is_light_and_jieba_quiet() -> None:

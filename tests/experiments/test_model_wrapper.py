@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cab_attention import H2O, EvictingCache, Full, SnapKV
+from cab_attention import H2O, EvictingCache, Full, Random, SnapKV, StreamingLLM
 from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.demo_data import demo_rows
 from experiments.longbench_qa.model_wrapper import Generation, ModelWrapper
@@ -89,6 +89,16 @@ def test_cost_is_recorded(wrapper: ModelWrapper, filled: FilledPrompt):
     assert 1 <= generation.generated_tokens <= 8
 
 
+def test_answer_kept():
+    wrapper, row = ModelWrapper(ModelConfig(name="tiny", kind="tiny")).load(), demo_rows()[0]
+    prompt = fill_template(load_template("demo_qa", None), row.context, row.input)
+    options = {"answers": row.answers, "max_new_tokens": 1}
+    assert answer(wrapper, prompt, Full(), **options)[0].answer_kept == 1
+    assert 0 < answer(wrapper, prompt, Random(0.5), **options)[0].answer_kept < 1
+    assert answer(wrapper, prompt, StreamingLLM(8), **options)[0].answer_kept == 0
+    assert answer(wrapper, prompt, Full(), answers=["not in it"], max_new_tokens=1)[0].answer_kept is None
+
+
 def test_repetition_penalty_of_the_checkpoint_is_ignored(wrapper: ModelWrapper, filled: FilledPrompt):
     before, _ = answer(wrapper.load(), filled, Full())
     wrapper.loaded.model.generation_config.repetition_penalty = 5.0
@@ -104,6 +114,36 @@ def test_every_eos_of_the_generation_config_ends_the_answer(wrapper: ModelWrappe
     wrapper.loaded.model.generation_config.eos_token_id = None
     assert (stopped.generated_tokens, stopped.text) == (1, "")
     assert free.generated_tokens > 1
+
+
+def favour(wrapper: ModelWrapper, monkeypatch: pytest.MonkeyPatch, *choices: int) -> None:
+    """Make the model's choices, in order of preference, the same at every step."""
+    model = wrapper.load().loaded.model
+    forward = model.forward
+
+    def biased(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        for rank, token in enumerate(choices):
+            output.logits[..., token] = 1e6 - rank
+        return output
+
+    monkeypatch.setattr(model, "forward", biased)
+
+
+def test_an_answer_that_stops_at_a_newline_has_at_least_one_token(wrapper, filled, monkeypatch):
+    tokenizer = wrapper.loaded.tokenizer
+    newline, letter = tokenizer.encode("\n") + tokenizer.encode("x")
+    favour(wrapper, monkeypatch, newline, tokenizer.eos_token_id, letter)
+    stopped, _ = answer(wrapper, filled, Full(), stop_at_newline=True)
+    assert (stopped.text, stopped.generated_tokens) == ("x", 2)
+    free, _ = answer(wrapper, filled, Full())
+    assert free.text == "\n" * 8
+
+
+def test_an_eos_at_once_is_an_empty_answer(wrapper, filled, monkeypatch):
+    favour(wrapper, monkeypatch, wrapper.loaded.tokenizer.eos_token_id)
+    ended, _ = answer(wrapper, filled, Full())
+    assert (ended.text, ended.generated_tokens, ended.decode_ms_per_token) == ("", 1, None)
 
 
 def test_a_prompt_over_the_context_is_refused():

@@ -1,10 +1,14 @@
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from experiments.longbench_qa import prompts as prompts_module
 from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, load_rows
-from experiments.longbench_qa.prompts import fill_template, load_template
+from experiments.longbench_qa.prompts import fill_template, load_prompt, load_template
+from experiments.longbench_qa.sources import OFFICIAL_PROMPTS, Provenance
 
 
 def write(folder: Path, content: object) -> str:
@@ -77,13 +81,62 @@ def test_bad_prompts_file(tmp_path: Path, content: object, message: str) -> None
 
 
 def test_missing_prompts_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lcc needs prompts_file=PATH.*dataset2prompt\.json"):
-        load_template("lcc", None)
     with pytest.raises(ValueError, match=r"absent\.json does not exist"):
         load_template("lcc", str(tmp_path / "absent.json"))
     (tmp_path / "latin.json").write_bytes(b'{"lcc": "\xe9"}')
     with pytest.raises(ValueError, match=r"latin\.json is not UTF-8"):
         load_template("lcc", str(tmp_path / "latin.json"))
+
+
+def test_where_a_prompt_comes_from(tmp_path: Path) -> None:
+    prompts_file = write(tmp_path, {"lcc": "Ü {context}", "qasper": "{context}"})
+    template, provenance = load_prompt("lcc", prompts_file)
+    assert provenance == Provenance("file", hashlib.sha256(template.encode()).hexdigest())
+    assert load_prompt("lcc", prompts_file, prompts="file") == (template, provenance)
+    template, provenance = load_prompt(DEMO)
+    assert provenance == Provenance("builtin", hashlib.sha256(template.encode()).hexdigest())
+    assert load_prompt(DEMO, prompts="builtin") == (template, provenance)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "prompts", "prompts_file", "message"),
+    [
+        ("lcc", "builtin", None, "prompts=builtin is not for lcc, allowed is official, file"),
+        ("lcc", "builtin", "p.json", "prompts=builtin is not for lcc"),
+        (DEMO, "official", None, "prompts=official is not for demo_qa, allowed is builtin"),
+        (DEMO, "file", "p.json", "prompts=file is not for demo_qa, allowed is builtin"),
+        (DEMO, "builtin", "p.json", r"prompts=builtin does not read prompts_file=p\.json"),
+        ("lcc", "file", None, "prompts=file needs prompts_file=PATH"),
+        ("lcc", "official", "p.json", r"prompts=official does not read prompts_file=p\.json"),
+        ("lcc", "offical", None, "prompts='offical', allowed is one of official, file, builtin"),
+    ],
+)
+def test_prompts_that_do_not_fit(dataset: str, prompts: str, prompts_file: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prompt(dataset, prompts_file, prompts)
+    assert "\n" not in str(caught.value)
+
+
+def test_official_prompts_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = replace(OFFICIAL_PROMPTS, url="http://127.0.0.1:9/dataset2prompt.json")
+    monkeypatch.setattr(prompts_module, "OFFICIAL_PROMPTS", nowhere)
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(ValueError, match=r"cannot download http://127\.0\.0\.1:9/dataset2prompt\.json to ") as caught:
+        load_prompt("lcc_e", cache_dir=str(tmp_path))
+    assert str(tmp_path / nowhere.name) in str(caught.value)
+    assert str(caught.value).endswith("put the file there by hand, or give prompts_file=PATH, a copy of it elsewhere")
+
+
+def test_official_prompts_in_the_cache(tmp_path: Path, longbench: Path) -> None:
+    cached = tmp_path / OFFICIAL_PROMPTS.name
+    cached.parent.mkdir(parents=True)
+    prompts_file = longbench / "config" / "dataset2prompt.json"
+    cached.write_bytes(prompts_file.read_bytes())
+    for name in (*LONGBENCH, *LONGBENCH_E):
+        template, provenance = load_prompt(name, cache_dir=str(tmp_path))
+        assert load_prompt(name, prompts="official", cache_dir=str(tmp_path)) == (template, provenance)
+        assert load_prompt(name, str(prompts_file)) == (template, Provenance("file", provenance.sha256))
+        assert provenance.source == OFFICIAL_PROMPTS.url
 
 
 def test_unknown_data_set() -> None:
