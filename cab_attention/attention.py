@@ -84,6 +84,8 @@ def load_model_with_attention(
     dtype = dtype or torch_dtype or "auto"
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     model = AutoModelForCausalLM.from_pretrained(name_or_path, attn_implementation=chosen.value, dtype=dtype, **kwargs)
+    if chosen is AttentionImplementation.CAB and not model._supports_attention_backend:
+        raise ValueError(f"{type(model).__name__} does not take its attention from transformers' registry: no 'cab'")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

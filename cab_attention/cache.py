@@ -41,13 +41,11 @@ class Prompt:
         return tokens, tokens if self.compress_at is None else self.compress_at
 
     def ids(self, n_batch: int) -> tuple[str, ...]:
-        """A sample id a row: those given, one for all rows, or "" for all."""
+        """A sample id a row: those given, each for as many rows as it has beams, or "" for all."""
         given = self.sample_ids or ("",)
-        if len(given) == 1:
-            return given * n_batch
-        if len(given) != n_batch:
+        if n_batch % len(given):
             raise ValueError(f"EvictingCache got {len(given)} sample ids for a batch of {n_batch}")
-        return given
+        return tuple(name for name in given for _ in range(n_batch // len(given)))  # beams of a row lie together
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -70,8 +68,16 @@ class EvictingLayer(CacheLayerMixin):
     _budget: Tensor  # [B, 1, 1] in tokens, set at the first cut
     _n_real: Tensor  # [B], real tokens seen
 
-    def __init__(self, method: Method, prompt: Prompt, layer_index: int, sliding_window: int | None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        prompt: Prompt,
+        layer_index: int,
+        sliding_window: int | None,
+        rope_switch: int | None = None,
+    ) -> None:
         super().__init__()
+        self.rope_switch = rope_switch
         self.method = method
         self.prompt = prompt
         self.layer_index = layer_index
@@ -108,6 +114,11 @@ class EvictingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n_batch, n_heads, n_new, _ = key_states.shape
+        if self.rope_switch is not None and 0 < self.seen <= self.rope_switch < self.seen + n_new:
+            raise ValueError(
+                f"the sequence runs over position {self.rope_switch}, where this model changes its RoPE factors and "
+                "what is cached goes stale: keep prompt and answer on one side, or feed the whole prompt at once"
+            )
         new_positions = torch.arange(self.seen, self.seen + n_new, device=self.device)
         new_positions = new_positions.expand(n_batch, n_heads, n_new)
         if self.keys.shape[2] == 0:
@@ -136,6 +147,11 @@ class EvictingLayer(CacheLayerMixin):
             output [B, H, Q, D].
         """
         self._awaits_attention = False
+        if options.get("sliding_window") != self.sliding_window:
+            raise ValueError(
+                f"layer {self.layer_index} has a sliding window of {self.sliding_window} in the model's config, but "
+                f"its attention asked for {options.get('sliding_window')}: EvictingCache cannot serve this model"
+            )
         n_new = query.shape[2]
         self._mark_padding(padding, n_new)
         before, (prompt_tokens, compress_at) = self.seen - n_new, self.prompt.fix(self.seen)
@@ -166,7 +182,9 @@ class EvictingLayer(CacheLayerMixin):
         else:
             output = self._observe_window(observe, query, before, compress_at)
         if cuts:
-            self._evict(extra=0 if cut_now else prompt_tokens - compress_at)
+            self._evict(after_cut=range(compress_at, compress_at if cut_now else prompt_tokens))
+            if not method.evicts_in_decode:
+                self.scores = None  # they have done their work
         elif self.sliding_window is not None:
             self._drop_out_of_window(self.sliding_window - 1 + self._kept_for_later_scores(compress_at))
         if before == 0:  # a view into a larger tensor (a fused projection) must not keep that alive
@@ -178,6 +196,10 @@ class EvictingLayer(CacheLayerMixin):
             self._n_real = self._n_real + n_new
             return
         is_real = padding[:, -n_new:]
+        if n_new > 1 and self.layer_index == 0:  # reading it waits for the GPU: once a prefill
+            goes_back = (is_real[:, 1:] < is_real[:, :-1]).any() | ((self._n_real > 0) & ~is_real[:, 0]).any()
+            if bool(goes_back):
+                raise ValueError("EvictingCache takes left padding only: a row has padding after a token")
         new_positions = torch.where(is_real[:, None], self.positions[:, :, -n_new:], -1)
         self.positions = torch.cat([self.positions[:, :, :-n_new], new_positions], dim=2)
         self._n_real = self._n_real + is_real.sum(-1)
@@ -202,10 +224,12 @@ class EvictingLayer(CacheLayerMixin):
             return observe(query, 0)[0]
         if self.seen == compress_at and (before == 0 or query.shape[2] >= window):
             output, self.scores = observe(query, window)
+            self._recent_queries = None
             return output
         output, _ = observe(query, 0)
         earlier = [] if self._recent_queries is None else [self._recent_queries]
-        self._recent_queries = torch.cat([*earlier, query], dim=2)[:, :, -window:]
+        # Cloned: a view would keep the whole chunk alive.
+        self._recent_queries = torch.cat([*earlier, query[:, :, -window:]], dim=2)[:, :, -window:].clone()
         if self.seen == compress_at:
             _, self.scores = observe(self._recent_queries, None)
             self._recent_queries = None
@@ -230,25 +254,40 @@ class EvictingLayer(CacheLayerMixin):
             self.positions = self.positions[:, :, last]
             self.scores = None if self.scores is None else self.scores[:, :, last]
 
-    def _evict(self, extra: int) -> None:
-        if self.sliding_window is not None:
-            self._drop_out_of_window(self.sliding_window - 1)
+    def _evict(self, after_cut: range) -> None:
+        """Cut to the budget; the part of the prompt in `after_cut` stays in full, on top of it, out of competition."""
+        window = self.sliding_window
+        if window is not None:
+            self._drop_out_of_window(window - 1)
+            after_cut = range(max(after_cut.start, self.seen - (window - 1)), after_cut.stop)
         if self._budget is None:
             self._set_budget()
-        budget, width = self._budget + extra, self._width + extra
-        if self.sliding_window is not None:
-            budget, width = budget.clamp(max=self.sliding_window - 1), min(width, self.sliding_window - 1)
-        if self.keys.shape[2] <= width and not self._has_empty_slots:
+        n_pinned, n_slots = len(after_cut), self.keys.shape[2]
+        budget, width = self._budget, self._width
+        if window is not None:
+            budget, width = budget.clamp(max=window - 1 - n_pinned), min(width, window - 1 - n_pinned)
+        if n_slots <= width + n_pinned and not self._has_empty_slots:
             return  # nothing to drop
+
+        keys, positions, scores = self.keys, self.positions, self.scores
+        if n_pinned:
+            is_pinned = (positions >= after_cut.start) & (positions < after_cut.stop)
+            pinned_first = is_pinned.int().argsort(dim=-1, descending=True, stable=True)
+            pinned, competing = pinned_first[..., :n_pinned], pinned_first[..., n_pinned:]
+            keys, positions = _gather(keys, competing), positions.gather(2, competing)
+            scores = None if scores is None else scores.gather(2, competing)
         cached = CachedKeys(
-            keys=self.keys,
-            positions=self.positions,
-            scores=self.scores,
+            keys=keys,
+            positions=positions,
+            scores=scores,
             budget=budget,
             layer_index=self.layer_index,
             sample_ids=self.prompt.ids(self.keys.shape[0]),
         )
         slots = select_slots(self.method.priorities(cached), cached.valid, budget, width)
+        if n_pinned:
+            slots = torch.where(slots < 0, -1, competing.gather(2, slots.clamp(min=0)))
+            slots = torch.cat([slots, pinned], dim=2).sort(dim=-1).values
         source = slots.clamp(min=0)
         self.keys = _gather(self.keys, source)
         self.values = _gather(self.values, source)
@@ -264,7 +303,7 @@ class EvictingLayer(CacheLayerMixin):
         else:
             rows = [budget.tokens(n) for n in self._n_real.tolist()]
         self._budget = torch.tensor(rows, device=self.device)[:, None, None]
-        self._width = max(rows, default=0)
+        self._width = max(rows) if rows else 0
 
     @property
     def budget_tokens(self) -> list[int] | None:
@@ -357,7 +396,7 @@ class EvictingCache(Cache):
         self.method = method
         super().__init__(
             layers=[
-                EvictingLayer(method, self.prompt, index, window)  # type: ignore[misc]
+                EvictingLayer(method, self.prompt, index, window, _rope_switch(config))  # type: ignore[misc]
                 for index, window in enumerate(_sliding_windows(config))
             ]
         )
@@ -376,14 +415,17 @@ class EvictingCache(Cache):
         """Raise RuntimeError unless every layer saw `n_tokens`: all of a generation's output but its last token.
 
         Some models (Phi-3, beyond `original_max_position_embeddings`) silently go on with a cache of their own; the
-        text would then be that of a full cache.
+        text would then be that of a full cache. A prompt shorter than `prompt_tokens` said is found here too: nothing
+        was cut. With beams the layers may have seen more, from a longer beam that lost.
         """
         seen = sorted({layer.seen for layer in self.layers})
-        if seen != [n_tokens]:
+        if len(seen) != 1 or seen[0] < n_tokens:
             raise RuntimeError(
                 f"the model did not use the EvictingCache for the whole generation: its layers saw {seen} tokens "
                 f"of {n_tokens}"
             )
+        if self.method.evicts and any(layer.budget_tokens is None for layer in self.layers):
+            raise RuntimeError(f"nothing was cut: the prompt of {self.prompt.tokens} tokens never came to its end")
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new prompt, of any length where none was given."""
@@ -395,6 +437,12 @@ class EvictingCache(Cache):
 
     def activate_past_recording(self) -> None:
         raise ValueError(CANNOT_GO_BACK)
+
+
+def _rope_switch(config: PreTrainedConfig) -> int | None:
+    """The length past which a LongRoPE model (Phi-3) rotates all keys by other factors."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config.original_max_position_embeddings if rope.get("rope_type") == "longrope" else None
 
 
 def _gather(tensor: Tensor, slots: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Everything is over blocks x blocks; nothing is ever built over tokens x tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,25 +35,26 @@ def block_representatives(keys: Tensor, valid: Tensor, block_size: int) -> tuple
     return representatives, first < n_keys
 
 
-def block_weights(representatives: Tensor, exists: Tensor) -> Tensor:
-    """Symmetric attention between blocks: W = (P + P^T) / 2 with P = softmax(R R^T / sqrt(D)), a block never to itself.
+def block_log_weights(representatives: Tensor, exists: Tensor) -> Tensor:
+    """Log of the symmetric attention between blocks, W = (P + P^T) / 2 with P = softmax(R R^T / sqrt(D)).
 
-    representatives float32 [B, G, M, D], exists bool [B, G, M] -> [B, G, M, M], zero where a block does not exist.
+    A block never attends to itself. The log keeps the order of weights that float32 would round to 0 (long keys).
+    representatives float32 [B, G, M, D], exists bool [B, G, M] -> [B, G, M, M], -inf off pairs of two existing blocks.
     """
     n_blocks, dim = representatives.shape[2:]
     logits = representatives @ representatives.mT * dim**-0.5
     itself = torch.eye(n_blocks, dtype=torch.bool, device=logits.device)
     pair = exists[..., :, None] & exists[..., None, :] & ~itself
-    weights = logits.masked_fill(~pair, -torch.inf).softmax(-1).masked_fill(~pair, 0.0)
-    return (weights + weights.mT) / 2
+    log_attention = logits.masked_fill(~pair, -torch.inf).log_softmax(-1).masked_fill(~pair, -torch.inf)
+    return torch.logaddexp(log_attention, log_attention.mT) - math.log(2)
 
 
-def neighbour_graph(weights: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+def neighbour_graph(log_weights: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Adjacency, float 0/1 [B, G, M, M]: each block's strongest neighbours, made symmetric."""
-    n_blocks = weights.shape[-1]
+    n_blocks = log_weights.shape[-1]
     # Not topk: of equal weights it takes any.
-    strongest = weights.sort(dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n_blocks)]
-    edges = torch.zeros_like(weights).scatter_(-1, strongest, 1.0) * (weights > 0)
+    strongest = log_weights.sort(dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n_blocks)]
+    edges = torch.zeros_like(log_weights).scatter_(-1, strongest, 1.0) * (log_weights > -torch.inf)
     return torch.maximum(edges, edges.mT)
 
 
@@ -72,21 +75,21 @@ def block_values(edge_values: Tensor, weights: Tensor, adjacency: Tensor) -> Ten
     return total / edge_weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def bridge_order_by_curvature(weights: Tensor) -> Tensor:
+def bridge_order_by_curvature(log_weights: Tensor) -> Tensor:
     """Blocks' bridge rank value [B, G, M], lowest = strongest bridge: mean Forman-Ricci curvature.
 
     An edge between two communities closes no triangles, so its curvature is low.
     """
-    adjacency = neighbour_graph(weights)
+    adjacency = neighbour_graph(log_weights)
     # Curvatures are small integers: blocks whose edges share one must tie, whatever the rounding of the weights.
-    return block_values(forman_curvature(adjacency), weights, adjacency).round(decimals=4)
+    return block_values(forman_curvature(adjacency), log_weights.exp(), adjacency).round(decimals=4)
 
 
-def bridge_order_by_redundancy(weights: Tensor, redundancy: float) -> Tensor:
+def bridge_order_by_redundancy(log_weights: Tensor, redundancy: float) -> Tensor:
     """Blocks' bridge rank value [B, G, M], lowest = strongest bridge: minus the mean of W - redundancy * (W @ W).
 
     W - redundancy * (W @ W) is a direct connection less its two-hop detours: triangles lower it where they raise
     Forman's curvature, so the highest is the bridge. The sign is turned here so that both orders read alike.
     """
-    adjacency = neighbour_graph(weights)
+    adjacency, weights = neighbour_graph(log_weights), log_weights.exp()
     return -block_values(weights - redundancy * (weights @ weights), weights, adjacency)

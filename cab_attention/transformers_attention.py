@@ -98,6 +98,7 @@ def _attention(
             raise ValueError("EvictingCache gathers scores itself (cache.layers[i].scores): use one of the two")
         output = layer.attend(operator, query, attention_mask, **options)
     else:
+        _refuse_window_left_to_the_mask(module, sliding_window)
         if attention_mask is not None and attention_mask.shape[1] < key.shape[2]:
             key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
         rows = None if score_recorder is not None else 0
@@ -105,6 +106,18 @@ def _attention(
         if score_recorder is not None:
             score_recorder.add_scores(scores, n_queries=query.shape[2])
     return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_window_left_to_the_mask(module: nn.Module, sliding_window: int | None) -> None:
+    """Some models (PhiMoE) put their sliding window into the N x N mask alone, which is not built here."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and (types is None or layer is None or types[layer] == "sliding_attention")
+    if slides and sliding_window is None:
+        raise ValueError(
+            f"{type(module).__name__} does not hand its sliding window to the attention function: "
+            "use attn_implementation='sdpa' for this model"
+        )
 
 
 def cab_attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

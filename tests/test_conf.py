@@ -54,6 +54,21 @@ def test_every_experiment_composes(name: str):
     assert f"experiment={name}" in (CONF / "experiment" / f"{name}.yaml").read_text()
 
 
+def test_the_longbench_experiment_is_its_question_answering_part():
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=["experiment=longbench_qa"], return_hydra_config=True)
+    wanted = {"narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique"}
+    assert set(config.hydra.sweeper.params.dataset.split(",")) == wanted | {"dureader", "triviaqa"}
+
+
+def test_no_chat_template_and_newline_stops_where_the_authors_have_none():
+    cells = {name: cell(f"dataset={name}").dataset for name in LONGBENCH}
+    bare = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert {name for name, dataset in cells.items() if not dataset.chat_template} == bare
+    assert {name for name, dataset in cells.items() if dataset.stop_at_newline} == {"samsum"}
+
+
 def test_data_sets_are_those_known():
     assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, DEMO])
 

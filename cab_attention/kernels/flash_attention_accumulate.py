@@ -162,7 +162,7 @@ class FlashAttentionWithAccumulation(nn.Module):
     layers, so all of them then run the same attention, recorded or not).
 
     Scores restart when a call has as many keys as queries (a new prompt). Rows that a beam search reorders are not
-    followed here: use `EvictingCache(model.config, Full())` for beams.
+    followed: the scores are then not those of the beams.
     """
 
     def __init__(self, original_attention: nn.Module | None = None, accumulate_scores: bool = True) -> None:
@@ -177,6 +177,8 @@ class FlashAttentionWithAccumulation(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.original_attention is not None:
+            if self.original_attention.config._attn_implementation != "cab":  # type: ignore[union-attr]
+                raise RuntimeError("the model's attention implementation is no longer 'cab': no scores are recorded")
             return self.original_attention(*args, score_recorder=self if self.accumulate_scores else None, **kwargs)
         return self._attend(*args, **kwargs), None
 
@@ -242,9 +244,11 @@ def replace_attention_with_flash(
         module.config._attn_implementation = "cab"  # type: ignore[union-attr]
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        if isinstance(parent, FlashAttentionWithAccumulation) or (module_filter and not module_filter(name, module)):
-            continue
-        setattr(parent, child, FlashAttentionWithAccumulation(module))
+        if isinstance(parent, FlashAttentionWithAccumulation):  # replaced before: only what is recorded may change
+            parent.reset_scores()
+            parent.accumulate_scores = module_filter is None or module_filter(parent_name, module)
+        elif module_filter is None or module_filter(name, module):
+            setattr(parent, child, FlashAttentionWithAccumulation(module))
     return model
 
 

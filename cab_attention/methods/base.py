@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -32,22 +31,22 @@ class CachedKeys:
     layer_index: int
     sample_ids: tuple[str, ...]
 
-    @cached_property
+    @property
     def valid(self) -> Tensor:
         """Bool [B, G, K]: the slot holds a key."""
         return self.positions >= 0
 
-    @cached_property
+    @property
     def count(self) -> Tensor:
         """int64 [B, G, 1]: keys present."""
         return self.valid.sum(-1, keepdim=True)
 
-    @cached_property
+    @property
     def from_start(self) -> Tensor:
         """int64 [B, G, K]: 0 for the oldest key present, negative for an empty slot."""
         return self.from_end.neg() + self.count - 1
 
-    @cached_property
+    @property
     def from_end(self) -> Tensor:
         """int64 [1, 1, K]: 0 for the newest key."""
         n_keys = self.positions.shape[-1]

@@ -90,11 +90,11 @@ class CAB(Method):
     def _block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
         """The place of each key's block, 0 = strongest bridge [B, G, K], and whether there is a graph [B, G, 1]."""
         representatives, exists = curvature.block_representatives(cached.keys, cached.valid, self.block_size)
-        weights = curvature.block_weights(representatives, exists)
+        log_weights = curvature.block_log_weights(representatives, exists)
         if self.bridge == "curvature":
-            values = curvature.bridge_order_by_curvature(weights)
+            values = curvature.bridge_order_by_curvature(log_weights)
         else:
-            values = curvature.bridge_order_by_redundancy(weights, self.redundancy)
+            values = curvature.bridge_order_by_redundancy(log_weights, self.redundancy)
         ranked = values.masked_fill(~exists, torch.inf).argsort(dim=-1, stable=True)
         place = ranked.argsort(-1)
         block = (cached.from_start.clamp(min=0)) // self.block_size

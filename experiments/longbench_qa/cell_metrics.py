@@ -63,8 +63,7 @@ def cell_metrics(
             [row.length for row, _ in finished],
             finished[0][0].all_classes,
         )
-    config = cell.identity() | {"seed": cell.seed, "max_samples": cell.max_samples}
-    return metrics | {"config": config} | made_with
+    return metrics | {"config": cell.full_config()} | made_with
 
 
 def _mean(values: Sequence[float]) -> float | None:

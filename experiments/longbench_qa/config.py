@@ -125,6 +125,10 @@ class Cell:
             "compress": self.compress,
         }
 
+    def full_config(self) -> dict[str, Any]:
+        """Everything that was configured, for the record."""
+        return asdict(self) | {"method": {"name": self.method.name, **asdict(self.method)}}
+
 
 def build_cell(config: DictConfig) -> Cell:
     """The cell that a composed config describes. Raises ValueError, one line, for a value that is not allowed."""
@@ -172,8 +176,8 @@ def _check_model(model: ModelConfig) -> None:
     if model.kind == "path":
         if not model.path:
             raise ValueError("model=path needs model.path=FOLDER_OR_HUB_ID")
-        if model.path.startswith(("/", ".", "~")) and not Path(model.path).is_dir():
-            raise ValueError(f"model.path={model.path} is not a folder")
+        if model.path.startswith(("/", ".", "~")) and not (Path(model.path) / "config.json").is_file():
+            raise ValueError(f"model.path={model.path} is not a folder with a model (no config.json)")
         model.name = model.name or Path(model.path).name
     if not model.name:
         raise ValueError("model.name is missing: it names the model in folders and tables")

@@ -34,31 +34,60 @@ def encode_prompt(
     """Encode as LongBench's authors do.
 
     A prompt of more than `max_tokens` (less the chat template's own) keeps its first and last half; then the chat
-    template is put around it, where the model has one and the data set asks for it, without a second BOS. Raises
-    ValueError if what follows the context does not fit into the last half.
+    template is put around it, where the model has one and the data set asks for it, without a second BOS. Text cut
+    inside a character can come out longer: it is cut again, so that the result is never over `max_tokens`.
+    Raises ValueError if there is no room for a prompt.
     """
     use_template = chat_template and tokenizer.chat_template is not None
     room = max_tokens - (len(_tokenise(tokenizer, _chat(tokenizer, ""), special=False)[0]) if use_template else 0)
-    if room < 2:
-        raise ValueError(f"no room for a prompt: {max_tokens} tokens are left beside the answer")
-    text, tail = prompt.text, prompt.text[prompt.context_end :]
-    ids, _ = _tokenise(tokenizer, text, special=True)
-    truncated = len(ids) > room
-    if truncated:
-        half = room // 2
-        text = tokenizer.decode(ids[:half], skip_special_tokens=True)
-        text += tokenizer.decode(ids[-half:], skip_special_tokens=True)
-        if not text.endswith(tail):
-            raise ValueError(f"the question and its template do not fit into half of {room} tokens")
-    start, end = prompt.context_start, len(text) - len(tail)
+    ids, offsets = _tokenise(tokenizer, prompt.text, special=True)
+    truncated, half = len(ids) > room, room // 2
+    while True:
+        if half < 1:
+            raise ValueError(f"no room for a prompt: {max_tokens} tokens are left beside the answer")
+        text, end = prompt.text, prompt.context_end
+        if truncated:
+            text, end = _without_middle(tokenizer, ids, half, _first_after(offsets, end))
+        encoded = _encode_whole(tokenizer, text, (min(prompt.context_start, end), end), truncated, use_template)
+        if len(encoded.ids) <= max_tokens:
+            return encoded
+        truncated, half = True, half - 1
+
+
+def _without_middle(tokenizer: PreTrainedTokenizerFast, ids: list[int], half: int, n_context: int) -> tuple[str, int]:
+    """The text of the first and last `half` tokens, and the character in it where the first `n_context` tokens end."""
+
+    def decode(some: list[int]) -> str:
+        return tokenizer.decode(some, skip_special_tokens=True)
+
+    first = decode(ids[:half])
+    text = first + decode(ids[-half:])
+    if n_context <= half:
+        return text, len(decode(ids[:n_context]))
+    if n_context <= len(ids) - half:  # what follows the context is itself cut
+        return text, len(first)
+    return text, len(text) - len(decode(ids[n_context:]))
+
+
+def _encode_whole(
+    tokenizer: PreTrainedTokenizerFast, text: str, context: tuple[int, int], truncated: bool, use_template: bool
+) -> EncodedPrompt:
+    start, end = context
     if use_template:
         inside = text.strip()  # some templates strip the message
         chat = _chat(tokenizer, text)
-        shift = chat.index(inside) - text.index(inside)
-        start, end, text = start + shift, end + shift, chat
+        at = chat.index(inside)
+        shift = at - text.index(inside)
+        start, end = (min(max(edge + shift, at), at + len(inside)) for edge in (start, end))
+        text = chat
     ids, offsets = _tokenise(tokenizer, text, special=not use_template)
+    return EncodedPrompt(ids, offsets, text, (start, end), max(1, _first_after(offsets, end)), truncated)
+
+
+def _first_after(offsets: list[tuple[int, int]], end: int) -> int:
+    """Index of the first token that begins at character `end` or later; special tokens stand for no characters."""
     after = (index for index, (first, last) in enumerate(offsets) if first >= end and last > first)
-    return EncodedPrompt(ids, offsets, text, (start, end), context_end=next(after, len(ids)), truncated=truncated)
+    return next(after, len(offsets))
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerFast) -> list[str] | None:

@@ -39,17 +39,3 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_at
     if stop_at_newline:
         ids.append(tokenizer.encode("\n", add_special_tokens=False)[-1])
     return frozenset(token for token in ids if token is not None)
-
-
-def refuse_rope_switch(model: PreTrainedModel, n_prompt: int, max_new_tokens: int) -> None:
-    """Raise ValueError where a LongRoPE model (Phi-3) would change its RoPE factors on the way.
-
-    That happens past `original_max_position_embeddings`; keys cached before would be stale.
-    """
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    switch = getattr(model.config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope" and switch and n_prompt <= switch < n_prompt + max_new_tokens:
-        raise ValueError(
-            f"the answer would run over position {switch}, where this model switches its RoPE factors and a cache "
-            "becomes stale: give a model.max_length on either side"
-        )

@@ -11,7 +11,7 @@ from cab_attention import EvictingCache, Full, Method
 from experiments.longbench_qa.answer_kept import answer_tokens, share_kept
 from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.encoding import chat_frame, encode_prompt
-from experiments.longbench_qa.greedy import GreedyDecoder, refuse_rope_switch, stop_ids
+from experiments.longbench_qa.greedy import GreedyDecoder, stop_ids
 from experiments.longbench_qa.memory import MemoryMeter, refuse_eager_that_cannot_fit
 from experiments.longbench_qa.models import LoadedModel, load
 from experiments.longbench_qa.prompts import FilledPrompt
@@ -46,6 +46,7 @@ class ModelWrapper:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.eager = False
+        self._warm: set[bool] = set()  # attentions that have run once
         self._loaded: LoadedModel | None = None
 
     def load(self, force_eager_attention: bool = False) -> "ModelWrapper":
@@ -54,7 +55,9 @@ class ModelWrapper:
             self._loaded = load(self.config)
         self.eager = force_eager_attention
         self._loaded.model.set_attn_implementation("eager_with_scores" if force_eager_attention else "cab")
-        self._warm_up(self._loaded.model)
+        if force_eager_attention not in self._warm:
+            self._warm_up(self._loaded.model)
+            self._warm.add(force_eager_attention)
         return self
 
     @torch.inference_mode()
@@ -137,7 +140,6 @@ class ModelWrapper:
         encoded = encode_prompt(tokenizer, prompt, self.max_length - max_new_tokens, chat_template)
         n_prompt = len(encoded.ids)
         compress_at = encoded.context_end if compress == "after_context" else n_prompt
-        refuse_rope_switch(model, n_prompt, max_new_tokens)
         if self.eager:
             for first, last in ((0, compress_at), (compress_at, n_prompt)):
                 refuse_eager_that_cannot_fit(model, last - first, last)

@@ -51,11 +51,9 @@ def _from_checkpoint(config: ModelConfig, device: str) -> LoadedModel:
         model = load_model_with_attention(
             config.path, "cab", device=device, dtype=config.dtype, use_safetensors=config.use_safetensors, **source
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path={config.path}: no folder with a model, and not found on the hub: {reason}"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())  # transformers explains itself over several lines
+        raise ValueError(f"model.path={config.path}: cannot be loaded, from a folder or the hub: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"model.path={config.path}: needs a fast tokenizer (character offsets of tokens)")
     return LoadedModel(model, tokenizer, revision=getattr(model.config, "_commit_hash", None))

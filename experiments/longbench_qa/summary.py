@@ -56,7 +56,7 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
         )
     console = Console()
     if not console.is_terminal:  # a log file has no width
-        console = Console(width=160)
+        console = Console(width=240)
     if complete:
         console.print(table)
     for cell, metrics in latest:

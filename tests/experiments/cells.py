@@ -8,7 +8,7 @@ from typing import Any
 from cab_attention import H2O
 from experiments.longbench_qa.config import Cell, DatasetConfig, ModelConfig, WandbConfig
 
-MODEL = ModelConfig(name="tiny", kind="tiny", max_length=300)
+MODEL = ModelConfig(name="tiny", kind="tiny", max_length=300, device="cpu")
 
 
 def demo_cell(output_dir: Path, **changes: Any) -> Cell:

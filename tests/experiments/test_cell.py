@@ -40,6 +40,7 @@ def test_a_cell_leaves_its_records(demo_cell: Cell, model: ModelWrapper):
     assert metrics["config"]["method"] == {"name": "h2o", "budget": 32, "recent": None}
     assert metrics["environments"][-1]["packages"]["torch"]
     assert metrics["model"]["attention"] == "cab"
+    assert metrics["config"]["max_samples"] == 3
     assert metrics["data"]["source"] == metrics["prompt"]["source"] == "builtin"
     assert metrics["effective"] == {"window_eff": [16, 16]}
 

@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 
 from experiments.longbench_qa.encoding import chat_frame, encode_prompt
@@ -76,11 +77,42 @@ def test_no_chat_template_where_the_data_set_says_so(chat_tokenizer):
     assert chat_tokenizer.decode(encoded.ids) == prompt("abc").text
 
 
-def test_a_question_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="question"):
-        encode_prompt(tokenizer, prompt("abc", "w" * 200), 100, chat_template=True)
+def test_a_question_longer_than_half_is_cut_like_the_rest(tokenizer):
+    filled = prompt("abc" * 40, "w" * 200)
+    encoded = encode_prompt(tokenizer, filled, 100, chat_template=True)
+    assert tokenizer.decode(encoded.ids) == filled.text[:50] + filled.text[-50:]
+    assert encoded.context_end == 50  # the context's part of the first half
+    early = encode_prompt(tokenizer, prompt("abc", "w" * 200), 100, chat_template=True)
+    assert tokenizer.decode(early.ids[: early.context_end]) == "Read:\nabc"
+
+
+def test_no_room_is_said(tokenizer):
     with pytest.raises(ValueError, match="no room"):
         encode_prompt(tokenizer, prompt("abc"), 1, chat_template=True)
+
+
+@pytest.mark.parametrize("limit", range(300, 312))
+def test_a_character_cut_in_two_does_not_make_the_prompt_too_long(tokenizer, limit: int):
+    encoded = encode_prompt(tokenizer, prompt("世界" * 300), limit, chat_template=True)
+    assert limit - 8 <= len(encoded.ids) <= limit
+    assert tokenizer.decode(encoded.ids[encoded.context_end :]) == "\n\nQuestion: why?\nAnswer:"
+
+
+def test_a_tokenizer_that_normalises_text():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    filled = prompt("x" * 500, "cafe\u0301?")
+    encoded = encode_prompt(tokenizer, filled, 200, chat_template=True)
+    assert encoded.truncated
+    assert tokenizer.decode(encoded.ids[encoded.context_end :]) == "\n\nQuestion: caf\u00e9?\nAnswer:"
+
+
+def test_an_empty_context_and_a_stripped_one(chat_tokenizer):
+    assert encode_prompt(chat_tokenizer, prompt(""), 100, chat_template=False).context_end == len("Read:\n")
+    nothing_before = fill_template("{context}?", "", "")
+    assert encode_prompt(byte_tokenizer(), nothing_before, 100, chat_template=False).context_end == 1
+    stripped = encode_prompt(chat_tokenizer, fill_template("{context}", "\n\nabc \n", ""), 100, chat_template=True)
+    assert stripped.text[slice(*stripped.context)] == "abc"
 
 
 def test_a_prompt_of_context_alone_ends_with_it(tokenizer):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "experiments" / "longbench_qa" / "runner.py"
 
@@ -39,3 +41,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path):
     assert done.stderr.splitlines()[-1].startswith("error: budget='abc' is not a budget")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["method=nope"], "nope"),
+        (["method.recnt=3"], "recnt"),
+        (["budget=0"], "budget=0"),
+        (["budget=-1"], "budget=-1"),
+        (["budget=1.5"], "budget=1.5"),
+        (["dataset=nope"], "nope"),
+        (["dataset=hotpotqa", "data_dir=nowhere"], "data_dir=nowhere"),
+        (["dataset=hotpotqa", "data_dir=.", "prompts_file=nowhere.json"], "nowhere.json"),
+        (["dataset=trec", "data_dir=.", "prompts_file=prompts.json"], "trec.jsonl, line 2"),
+        (["model=path", "model.path=/nowhere"], "model.path=/nowhere"),
+        (["output_dir=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_every_mistake_is_named_without_a_traceback(tmp_path: Path, overrides: list[str], named: str):
+    row = {"input": "", "context": "c", "answers": ["a"], "length": 1, "dataset": "trec", "language": "en"}
+    line = json.dumps(row | {"all_classes": ["a"], "_id": "1"})
+    (tmp_path / "hotpotqa.jsonl").write_text(line + "\n")
+    (tmp_path / "trec.jsonl").write_text(line + "\n{broken\n")
+    (tmp_path / "prompts.json").write_text('{"trec": "{context}"}')
+    overrides = overrides if "output_dir" in overrides[0] else [*overrides, f"output_dir={tmp_path / 'out'}"]
+    command = [sys.executable, str(RUNNER), *overrides, "wandb.mode=disabled"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    if "nope" not in named and named != "recnt":  # for a wrong group or key the message is Hydra's
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert done.returncode == 2
+    assert not (tmp_path / "out").exists()

@@ -105,7 +105,7 @@ def test_the_planted_bridge_is_chosen_first(bridge, blocks_each, bridge_norm, fo
         first += kept == [*range(8 * planted, 8 * planted + 8), len(keys) - 1]
 
         representatives, exists = curvature.block_representatives(keys[None, None], torch.ones(1, 1, len(keys)) > 0, 8)
-        weights = curvature.block_weights(representatives, exists)
+        weights = curvature.block_log_weights(representatives, exists)
         orders = {
             "curvature": curvature.bridge_order_by_curvature(weights),
             "redundancy": curvature.bridge_order_by_redundancy(weights, 0.5),
@@ -120,7 +120,7 @@ def test_the_planted_bridge_is_chosen_first(bridge, blocks_each, bridge_norm, fo
 def test_block_values_against_numpy(bridge, redundancy):
     for seed in range(10):
         representatives = torch.randn(1, 1, 14, 8, generator=torch.Generator().manual_seed(seed))
-        weights = curvature.block_weights(representatives, torch.ones(1, 1, 14, dtype=torch.bool))
+        weights = curvature.block_log_weights(representatives, torch.ones(1, 1, 14, dtype=torch.bool))
         if bridge == "curvature":
             values = curvature.bridge_order_by_curvature(weights)
         else:
@@ -133,7 +133,7 @@ def test_blocks_whose_edges_share_one_curvature_tie():
     """In a complete graph rounding must not order the blocks: the lower one comes first."""
     for seed in range(20):
         representatives = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(seed))
-        weights = curvature.block_weights(representatives, torch.ones(1, 1, 5, dtype=torch.bool))
+        weights = curvature.block_log_weights(representatives, torch.ones(1, 1, 5, dtype=torch.bool))
         assert curvature.bridge_order_by_curvature(weights).unique().tolist() == [5.0]
 
 
