@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from cab_attention.cache import IMPLEMENTATIONS, EvictingLayer, Operator
+from cab_attention.cache_layer import IMPLEMENTATIONS, EvictingLayer, Operator
 from cab_attention.kernels.flash_attention_accumulate import (
     FlashAttentionWithAccumulation,
     flash_attention_with_cumulative_scores,

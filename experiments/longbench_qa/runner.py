@@ -17,7 +17,7 @@ from experiments.longbench_qa.cell import run_cell
 from experiments.longbench_qa.config import Cell, build_cell, register_schema
 from experiments.longbench_qa.interrupt import closing_on_signals
 from experiments.longbench_qa.model_wrapper import ModelWrapper
-from experiments.longbench_qa.summary import print_summary
+from experiments.longbench_qa.summary_table import print_summary
 
 register_schema()
 

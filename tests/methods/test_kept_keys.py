@@ -9,7 +9,7 @@ import torch
 from transformers import MistralConfig
 
 from cab_attention import CAB, H2O, TOVA, EvictingCache, SnapKV, StreamingLLM
-from cab_attention.cache import EvictingLayer
+from cab_attention.cache_layer import EvictingLayer
 from cab_attention.kernels.flash_attention_accumulate import flash_attention_with_cumulative_scores
 from tests.feeding import feed, left_padded, tiny_model_with_key_gains
 from tests.methods.numpy_rules import BruteForceLayer
