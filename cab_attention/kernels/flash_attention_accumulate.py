@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cab_attention.kernels.blockwise import blockwise_attention
 
+FEW_QUERIES = 16  # up to here the torch path is the faster one
+
 
 def flash_attention_with_cumulative_scores(
     q: Tensor,
@@ -74,6 +76,10 @@ def flash_attention_with_cumulative_scores(
 
 def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The one place that chooses what computes the operator for a device and its options."""
+    if q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 256 and q.shape[2] > FEW_QUERIES:
+        from cab_attention.kernels.prefill import prefill_attention  # Triton's kernels only where a GPU is
+
+        return prefill_attention(q, k, v, **options)
     return blockwise_attention(q, k, v, **options)
 
 
