@@ -20,20 +20,24 @@ RUN_TIME = ["n_queries", "n_keys", "first_row", "window", "stride_mb", "stride_m
 
 @triton.jit
 def _logits(
-    q, k, rows, keys, key_mask, row_positions, key_positions, shift, window, scale, softcap,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    s, rows, keys, row_positions, key_positions, shift, window, scale, softcap,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits [rows, keys] of a tile, -inf where a row does not see a key. q [rows, D], k [D, keys]."""
-    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    """Base-2 logits of a tile from its dot products; with MASKED, -inf where a row does not see a key.
+
+    Rows and keys come broadcast to the tile, which may lie either way.
+    """
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1): goes to +-1 without NaN
-        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * s / softcap) + 1.0))
-    visible = key_mask[None, :]
-    if IS_CAUSAL:
-        visible = visible & (keys[None, :] <= rows[:, None] + shift)
-    if HAS_WINDOW:
-        visible = visible & (row_positions[:, None] - key_positions[None, :] < window)
-    return tl.where(visible, s * 1.4426950408889634, float("-inf"))
+        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (s * scale) / softcap) + 1.0))
+        s = s * 1.4426950408889634
+    else:
+        s = s * (scale * 1.4426950408889634)
+    if MASKED and IS_CAUSAL:
+        s = tl.where(keys <= rows + shift, s, float("-inf"))
+    if MASKED and HAS_WINDOW:
+        s = tl.where(row_positions - key_positions < window, s, float("-inf"))
+    return s
 
 
 @triton.jit
@@ -113,9 +117,10 @@ def _forward(
             mask_ptr, positions_ptr, keys, n_keys, stride_mn, stride_pn, HAS_MASK, HAS_POSITIONS
         )
         s = _logits(
-            q, k, rows, keys, mask, row_positions, positions, shift, window, scale, softcap,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            tl.dot(q, k, input_precision=PRECISION), rows[:, None], keys[None, :], row_positions[:, None],
+            positions[None, :], shift, window, scale, softcap, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASKED=True,
         )  # fmt: skip
+        s = tl.where(mask[None, :], s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         p = tl.exp2(s - finite_peak[:, None])
@@ -139,6 +144,34 @@ def _forward(
     )  # fmt: skip
 
 
+@triton.jit
+def _add_weights(
+    acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, stop, stride_qn, stride_qd, stride_pn,
+    n_queries, n_keys, window, scale, softcap, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Add the weights of queries [start, stop) to acc [BLOCK_K, BLOCK_Q]; it is summed over queries only at the end."""
+    dims = tl.arange(0, DIM_PADDED)
+    for at in range(start, stop, BLOCK_Q):
+        rows = at + tl.arange(0, BLOCK_Q)
+        row_inside = rows < n_queries
+        q = tl.load(
+            q_ptr + rows.to(tl.int64)[None, :] * stride_qn + dims[:, None] * stride_qd,
+            mask=row_inside[None, :] & (dims < DIM)[:, None], other=0.0,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + rows, mask=row_inside, other=float("inf"))
+        row_positions = rows
+        if HAS_WINDOW:
+            row_positions = _row_positions(positions_ptr, rows, n_queries, n_keys, stride_pn, HAS_POSITIONS)
+        s = _logits(
+            tl.dot(k, q, input_precision=PRECISION), rows[None, :], keys[:, None], row_positions[None, :],
+            positions[:, None], n_keys - n_queries, window, scale, softcap, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASKED,
+        )  # fmt: skip
+        acc += tl.exp2(s - lse[None, :])
+    return acc
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def _column_sums(
     q_ptr, k_ptr, lse_ptr, scores_ptr, mask_ptr, positions_ptr,
@@ -150,45 +183,52 @@ def _column_sums(
     HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K keys under one query head. Writes their scores [B, H, K], from query `first_row` on."""
+    """One program: BLOCK_K keys under one query head. Writes their scores [B, H, K], from query `first_row` on.
+
+    Keys do not influence each other here, so the key mask is applied once, to the sums; only tiles on the causal
+    diagonal, and all with a window, are masked inside.
+    """
     block, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = batch_head // N_HEADS, batch_head % N_HEADS
     kv_head = head // GROUP
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     dims = tl.arange(0, DIM_PADDED)
-    key_inside, dim_inside = keys < n_keys, dims < DIM
+    key_inside = keys < n_keys
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
     mask_ptr += batch * stride_mb + kv_head * stride_mh
     positions_ptr += batch * stride_pb + kv_head * stride_ph
     lse_ptr += batch_head * n_queries
-    shift = n_keys - n_queries
 
     k = tl.load(
-        k_ptr + keys.to(tl.int64)[None, :] * stride_kn + dims[:, None] * stride_kd,
-        mask=key_inside[None, :] & dim_inside[:, None], other=0.0,
+        k_ptr + keys.to(tl.int64)[:, None] * stride_kn + dims[None, :] * stride_kd,
+        mask=key_inside[:, None] & (dims < DIM)[None, :], other=0.0,
     )  # fmt: skip
     mask, positions = _about_keys(mask_ptr, positions_ptr, keys, n_keys, stride_mn, stride_pn, HAS_MASK, HAS_POSITIONS)
-    sums = tl.zeros([BLOCK_K], tl.float32)
     start, stop = first_row, n_queries
-    if IS_CAUSAL:  # rows before the first that sees the block's first key
-        start = tl.maximum(start, block * BLOCK_K - shift)
-        if HAS_WINDOW and not HAS_POSITIONS:
-            stop = tl.minimum(stop, block * BLOCK_K + BLOCK_K - shift + window)
-    for at in range(start, stop, BLOCK_Q):
-        rows = at + tl.arange(0, BLOCK_Q)
-        row_inside = rows < n_queries
-        q = tl.load(
-            q_ptr + rows.to(tl.int64)[:, None] * stride_qn + dims[None, :] * stride_qd,
-            mask=row_inside[:, None] & dim_inside[None, :], other=0.0,
+    free = start  # first row from which every row sees every key of the block
+    if IS_CAUSAL:
+        start = tl.maximum(start, block * BLOCK_K - (n_keys - n_queries))
+        above = tl.maximum(0, block * BLOCK_K + BLOCK_K - 1 - (n_keys - n_queries) - start)
+        free = start + (above + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+        if HAS_WINDOW:
+            free = stop
+            if not HAS_POSITIONS:
+                stop = tl.minimum(stop, block * BLOCK_K + BLOCK_K - (n_keys - n_queries) + window)
+    acc = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    if IS_CAUSAL:
+        acc = _add_weights(
+            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, tl.minimum(free, stop), stride_qn,
+            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_POSITIONS, PRECISION, True, BLOCK_Q,
         )  # fmt: skip
-        lse = tl.load(lse_ptr + rows, mask=row_inside, other=float("inf"))
-        row_positions = _row_positions(positions_ptr, rows, n_queries, n_keys, stride_pn, HAS_POSITIONS)
-        s = _logits(
-            q, k, rows, keys, mask, row_positions, positions, shift, window, scale, softcap,
-            IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+    if not HAS_WINDOW:
+        acc = _add_weights(
+            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, free, stop, stride_qn,
+            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_POSITIONS, PRECISION, False, BLOCK_Q,
         )  # fmt: skip
-        sums += tl.sum(tl.exp2(s - lse[:, None]), 0)
+    sums = tl.where(mask, tl.sum(acc, 1), 0.0)
     tl.store(scores_ptr + batch_head * n_keys + keys, sums, mask=key_inside)
 
 
@@ -260,8 +300,8 @@ def _tile(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
     if dtype == torch.float32 or dim > 128:
         return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if dim > 128 else 2)
     if kernel == "forward":
-        return dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2)
-    return dict(BLOCK_Q=64, BLOCK_K=128, num_warps=8, num_stages=3)
+        return dict(BLOCK_Q=128, BLOCK_K=32, num_warps=4, num_stages=3)
+    return dict(BLOCK_Q=64, BLOCK_K=128, num_warps=4, num_stages=3)
 
 
 def _per_kv_head(key_mask: Tensor) -> Tensor:
