@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run through its interpreter. It reads this once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The tests' tensors are tiny: one thread is faster, and does not fight with other processes for the cores.
 torch.set_num_threads(1)

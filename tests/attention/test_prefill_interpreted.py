@@ -1,13 +1,10 @@
 """The Triton kernels themselves on a CPU, through Triton's interpreter, on small shapes."""
 
-import os
-
 import pytest
 import torch
 
 if torch.cuda.is_available():
     pytest.skip("the kernels run compiled where there is a GPU (test_gpu.py)", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' module is imported, which on a CPU nothing else does
 
 from cab_attention.kernels.prefill import prefill_attention
 from cab_attention.kernels.reference import attention_reference
