@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cab_attention.kernels.blockwise import blockwise_attention
 
-FEW_QUERIES = 16  # up to here the torch path is the faster one
+FEW_QUERIES = 16  # up to here the torch path: the prefill kernels do not split over keys
 
 
 def flash_attention_with_cumulative_scores(

@@ -288,7 +288,7 @@ def prefill_attention(
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Output and base-2 log-sum-exp of plain attention from cuDNN, the fastest exact forward on Hopper."""
+    """Output and base-2 log-sum-exp of plain attention from cuDNN, which takes grouped KV heads as they are."""
     output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, is_causal, False, scale=scale
     )[:2]
@@ -296,7 +296,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: boo
 
 
 def _tile(dtype: torch.dtype, dim: int, kernel: str) -> dict[str, int]:
-    """Tile sizes that fit the shared memory and registers of Ampere and later."""
+    """Tile sizes; those for head dim 128 and half precision were chosen by measurement on an H200."""
     if dtype == torch.float32 or dim > 128:
         return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if dim > 128 else 2)
     if kernel == "forward":
