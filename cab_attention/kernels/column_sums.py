@@ -1,0 +1,143 @@
+"""Triton: the column sums of the softmax weights, recomputed tile by tile from the log-sum-exp of each row.
+
+Each block of keys is owned by one program, so there are no atomics and two runs give the same bits. Nothing is N x N.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cab_attention.kernels.tile_logits import (
+    RUN_TIME,
+    about_keys,
+    constants_of,
+    key_arguments,
+    load_rows,
+    positions_of_rows,
+    tile_logits,
+)
+
+
+@triton.jit
+def _add_weights(
+    acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, stop, stride_qn, stride_qd, stride_pn,
+    n_queries, n_keys, window, scale, softcap, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Add the weights of queries [start, stop) to acc [BLOCK_K, BLOCK_Q]; it is summed over queries only at the end."""
+    for at in range(start, stop, BLOCK_Q):
+        rows = at + tl.arange(0, BLOCK_Q)
+        q = load_rows(q_ptr, at, n_queries, stride_qn, stride_qd, BLOCK_Q, DIM, DIM_PADDED, True, MASKED)
+        if MASKED:
+            lse = tl.load(lse_ptr + rows, mask=rows < stop, other=float("inf"))
+        else:
+            lse = tl.load(lse_ptr + rows)
+        row_positions = rows
+        if HAS_WINDOW:
+            row_positions = positions_of_rows(positions_ptr, rows, n_queries, n_keys, stride_pn, HAS_POSITIONS)
+        s = tile_logits(
+            tl.dot(k, q, input_precision=PRECISION), rows[None, :], keys[:, None], row_positions[None, :],
+            positions[:, None], n_keys - n_queries, window, scale, softcap, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASKED,
+        )  # fmt: skip
+        acc += tl.exp2(s - (lse * 1.4426950408889634)[None, :])
+    return acc
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _column_sums(
+    q_ptr, k_ptr, lse_ptr, scores_ptr, mask_ptr, positions_ptr,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_mb, stride_mh, stride_mn, stride_pb, stride_ph, stride_pn,
+    n_queries, n_keys, first_row, window, scale, softcap,
+    N_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K keys under one query head. Writes their scores [B, H, K], from query `first_row` on.
+
+    Keys do not influence each other here, so the key mask is applied once, to the sums; only tiles on the causal
+    diagonal, the last rows, and all with a window are masked inside.
+    """
+    # The first keys are seen by the most rows: they start first, so that no long program is left for the end.
+    batch_head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = batch_head // N_HEADS, batch_head % N_HEADS
+    kv_head = head // GROUP
+    keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    mask_ptr += batch * stride_mb + kv_head * stride_mh
+    positions_ptr += batch * stride_pb + kv_head * stride_ph
+    lse_ptr += batch_head * n_queries
+
+    k = load_rows(k_ptr, block * BLOCK_K, n_keys, stride_kn, stride_kd, BLOCK_K, DIM, DIM_PADDED, False, True)
+    mask, positions = about_keys(mask_ptr, positions_ptr, keys, n_keys, stride_mn, stride_pn, HAS_MASK, HAS_POSITIONS)
+    start, stop = first_row, n_queries
+    free = start  # first row from which every row sees every key of the block
+    if IS_CAUSAL:
+        start = tl.maximum(start, block * BLOCK_K - (n_keys - n_queries))
+        above = tl.maximum(0, block * BLOCK_K + BLOCK_K - 1 - (n_keys - n_queries) - start)
+        free = start + (above + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+        if HAS_WINDOW:
+            free = stop
+            if not HAS_POSITIONS:
+                stop = tl.minimum(stop, block * BLOCK_K + BLOCK_K - (n_keys - n_queries) + window)
+    whole = free + tl.maximum(0, stop - free) // BLOCK_Q * BLOCK_Q
+    acc = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    if IS_CAUSAL:
+        acc = _add_weights(
+            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, tl.minimum(free, stop), stride_qn,
+            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_POSITIONS, PRECISION, True, BLOCK_Q,
+        )  # fmt: skip
+    if not HAS_WINDOW:
+        acc = _add_weights(
+            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, free, whole, stride_qn,
+            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_POSITIONS, PRECISION, False, BLOCK_Q,
+        )  # fmt: skip
+        acc = _add_weights(
+            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, whole, stop, stride_qn,
+            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_POSITIONS, PRECISION, True, BLOCK_Q,
+        )  # fmt: skip
+    sums = tl.where(mask, tl.sum(acc, 1), 0.0)
+    tl.store(scores_ptr + batch_head * n_keys + keys, sums, mask=keys < n_keys)
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    key_positions: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    score_queries: int,
+) -> Tensor:
+    """q [B, H, Q, D]; k [B, G, K, D], any strides; lse [B, H, Q] -> scores [B, H, K] float32.
+
+    Only the last `score_queries` >= 1 rows count.
+    """
+    scores = torch.empty(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
+    mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
+    tile = _tile(q)
+    grid = (q.shape[0] * q.shape[1], triton.cdiv(k.shape[2], tile["BLOCK_K"]))
+    _column_sums[grid](
+        q, k, lse, scores, mask, positions, *q.stride(), *k.stride(), *of_keys,
+        q.shape[2], k.shape[2], q.shape[2] - score_queries, sliding_window or 0, scale, softcap or 1.0,
+        **constants_of(q, k, is_causal, key_mask, key_positions, sliding_window, softcap), **tile,
+    )  # fmt: skip
+    return scores
+
+
+def _tile(q: Tensor) -> dict[str, int]:
+    """Tile sizes; those for head dim 128 and half precision were chosen by measurement on an H200."""
+    if q.dtype == torch.float32 or q.shape[3] > 128:
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if q.shape[3] > 128 else 2)
+    return dict(BLOCK_Q=64, BLOCK_K=128, num_warps=4, num_stages=3)
