@@ -1,6 +1,7 @@
 """Prefill on a GPU in two passes: an exact forward with its log-sum-exp, then the column sums of the weights."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def prefill_attention(
     no_scores = torch.zeros(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
     if 0 in (*q.shape[:3], k.shape[2]):
         return torch.zeros_like(q), no_scores
-    options = dict(
+    options: dict[str, Any] = dict(
         is_causal=is_causal,
         key_mask=key_mask,
         key_positions=key_positions,
