@@ -8,15 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cab_attention.kernels.tile_logits import (
-    RUN_TIME,
-    about_keys,
-    constants_of,
-    key_arguments,
-    load_rows,
-    positions_of_rows,
-    tile_logits,
-)
+from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, key_arguments
+from cab_attention.kernels.tile_logits import about_keys, load_rows, positions_of_rows, tile_logits
 
 
 @triton.jit
@@ -127,7 +120,7 @@ def column_sums(
     scores = torch.empty(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
     mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
     tile = _tile(q)
-    grid = (q.shape[0] * q.shape[1], triton.cdiv(k.shape[2], tile["BLOCK_K"]))
+    grid = (q.shape[0] * q.shape[1], ceil_div(k.shape[2], tile["BLOCK_K"]))
     _column_sums[grid](
         q, k, lse, scores, mask, positions, *q.stride(), *k.stride(), *of_keys,
         q.shape[2], k.shape[2], q.shape[2] - score_queries, sliding_window or 0, scale, softcap or 1.0,
@@ -137,7 +130,9 @@ def column_sums(
 
 
 def _tile(q: Tensor) -> dict[str, int]:
-    """Tile sizes; those for head dim 128 and half precision were chosen by measurement on an H200."""
-    if q.dtype == torch.float32 or q.shape[3] > 128:
+    """Tile sizes; those for half precision were chosen by measurement on an H200."""
+    if q.dtype == torch.float32:
         return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if q.shape[3] > 128 else 2)
+    if q.shape[3] > 128:
+        return dict(BLOCK_Q=32, BLOCK_K=128, num_warps=8, num_stages=2)
     return dict(BLOCK_Q=64, BLOCK_K=128, num_warps=4, num_stages=3)

@@ -5,14 +5,12 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from cab_attention.kernels.blockwise import blockwise_attention
-
-FEW_QUERIES = 16  # up to here the torch path: the prefill kernels do not split over keys
+from cab_attention.kernels.dispatch import attention_with_scores
 
 
 def flash_attention_with_cumulative_scores(
@@ -46,27 +44,21 @@ def flash_attention_with_cumulative_scores(
         per_kv_head: sum the scores of a group's query heads; `cumulative_scores` is then [B, G, K'] too.
 
     Returns:
-        output [B, H, Q, D] in q's dtype, and float32 scores [B, H, K] (or [B, G, K]): what is given plus the new sums.
+        output [B, H, Q, D] in q's dtype, in memory like `torch.empty_like(q)`, and float32 scores [B, H, K] (or
+        [B, G, K]): what is given plus the new sums.
         A row that sees no key gives output 0 and adds nothing. Without earlier scores each query head's scores sum to
         the number of rows that count.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit. RuntimeError: a gradient is asked of the result.
+        ValueError: shapes, dtypes, devices or options do not fit; or, on a GPU, a dtype but float16, bfloat16 and
+        float32, a head dim over 256, a compute capability below 8.0. RuntimeError: a gradient is asked of the result.
     """
-    _check(q, k, v, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries)
-    n_q, n_k = q.shape[2], k.shape[2]
-    heads = k.shape[1] if per_kv_head else q.shape[1]
-    _check_earlier_scores(cumulative_scores, (q.shape[0], heads, n_k))
-    options = dict(
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        is_causal=is_causal,
-        key_mask=key_mask,
-        key_positions=key_positions,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        score_queries=n_q if score_queries is None else min(score_queries, n_q),
+    _check_tensors(q, k, v, key_mask, key_positions, cumulative_scores, per_kv_head)
+    _check_options(is_causal, sliding_window, softcap, score_queries)
+    scale = None if scale is None else float(scale)
+    output, scores = attention_with_scores(
+        q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries
     )
-    output, scores = _ForwardOnly.apply(q, k, v, options)
     if per_kv_head:
         scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
     if cumulative_scores is not None:
@@ -74,89 +66,69 @@ def flash_attention_with_cumulative_scores(
     return output, scores
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The one place that chooses what computes the operator for a device and its options."""
-    if q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 256 and q.shape[2] > FEW_QUERIES:
-        from cab_attention.kernels.prefill import prefill_attention  # Triton's kernels only where a GPU is
-
-        return prefill_attention(q, k, v, **options)
-    return blockwise_attention(q, k, v, **options)
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Scores are for inference: a backward pass through them is refused instead of being silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(q.device.type, enabled=False):  # it would turn the float32 sums into bfloat16
-            output, scores = _run(q, k, v, options)
-        ctx.mark_non_differentiable(scores)
-        return output, scores
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            "flash_attention_with_cumulative_scores has no backward pass: call it under torch.no_grad(), "
-            "or train with attn_implementation='sdpa'"
-        )
-
-
-def _check(
+def _check_tensors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    is_causal: bool,
     key_mask: Tensor | None,
     key_positions: Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    score_queries: int | None,
+    cumulative_scores: Tensor | None,
+    per_kv_head: bool,
 ) -> None:
-    def refuse(problem: str) -> None:
-        raise ValueError(f"flash_attention_with_cumulative_scores: {problem}")
-
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    # Messages are made on the way out only: this runs at every call, and torch.compile traces it.
     if not q.ndim == k.ndim == v.ndim == 4:
-        refuse(f"expected q [B, H, Q, D] and k, v [B, G, K, D], got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        refuse(f"batch, keys and head dim must agree, got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        refuse(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
+        _refuse(f"expected q [B, H, Q, D] and k, v [B, G, K, D], got {_shapes(q, k, v)}")
+    (n_batch, n_heads, _, dim), k_shape = q.shape, k.shape
+    n_kv_heads, n_k = k_shape[1], k_shape[2]
+    if k_shape != v.shape or n_batch != k_shape[0] or dim != k_shape[3]:
+        _refuse(f"batch, keys and head dim must agree, got {_shapes(q, k, v)}")
+    if n_kv_heads == 0 or n_heads % n_kv_heads or dim == 0:
+        _refuse(f"query heads must be a multiple of KV heads, and head dim not 0, got {_shapes(q, k, v)}")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        refuse(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        refuse(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    n_batch, n_kv_heads, n_k, _ = k.shape
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool or key_mask.shape not in ((n_batch, n_k), (n_batch, n_kv_heads, n_k))
-    ):
-        refuse(
-            f"key_mask must be bool [{n_batch}, {n_k}] or [{n_batch}, {n_kv_heads}, {n_k}], "
-            f"got {key_mask.dtype} {list(key_mask.shape)}"
-        )
-    if key_positions is not None and (
-        key_positions.dtype != torch.int64 or key_positions.shape != (n_batch, n_kv_heads, n_k)
-    ):
-        refuse(
-            f"key_positions must be int64 [{n_batch}, {n_kv_heads}, {n_k}], "
-            f"got {key_positions.dtype} {list(key_positions.shape)}"
-        )
+        _refuse(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    device = q.device
+    if not device == k.device == v.device:
+        _refuse(f"q, k and v must be on one device, got {device}, {k.device}, {v.device}")
+    if key_mask is not None:
+        fits = key_mask.shape == (n_batch, n_k) or key_mask.shape == (n_batch, n_kv_heads, n_k)
+        if not fits or key_mask.dtype != torch.bool or key_mask.device != device:
+            wanted = f"[{n_batch}, {n_k}] or [{n_batch}, {n_kv_heads}, {n_k}]"
+            _refuse(f"key_mask must be bool {wanted} on {device}, got {_described(key_mask)}")
+    if key_positions is not None:
+        fits = key_positions.shape == (n_batch, n_kv_heads, n_k)
+        if not fits or key_positions.dtype != torch.int64 or key_positions.device != device:
+            wanted = f"[{n_batch}, {n_kv_heads}, {n_k}]"
+            _refuse(f"key_positions must be int64 {wanted} on {device}, got {_described(key_positions)}")
+    if cumulative_scores is not None:
+        heads = n_kv_heads if per_kv_head else n_heads
+        shape = cumulative_scores.shape
+        fits = len(shape) == 3 and shape[0] == n_batch and shape[1] == heads and shape[2] <= n_k
+        if not fits or cumulative_scores.dtype != torch.float32 or cumulative_scores.device != device:
+            wanted = f"[{n_batch}, {heads}, {n_k}] or of fewer keys"
+            _refuse(f"cumulative_scores must be float32 {wanted} on {device}, got {_described(cumulative_scores)}")
+
+
+def _check_options(
+    is_causal: bool, sliding_window: int | None, softcap: float | None, score_queries: int | None
+) -> None:
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
-        refuse(f"sliding_window must be >= 1 and needs is_causal=True, got {sliding_window}, is_causal={is_causal}")
+        _refuse(f"sliding_window must be >= 1 and needs is_causal=True, got {sliding_window}, is_causal={is_causal}")
     if softcap is not None and not 0 < softcap < float("inf"):
-        refuse(f"softcap must be > 0 and finite, got {softcap}")
+        _refuse(f"softcap must be > 0 and finite, got {softcap}")
     if score_queries is not None and score_queries < 0:
-        refuse(f"score_queries must be >= 0, got {score_queries}")
+        _refuse(f"score_queries must be >= 0, got {score_queries}")
 
 
-def _check_earlier_scores(scores: Tensor | None, shape: tuple[int, int, int]) -> None:
-    if scores is None:
-        return
-    fits = scores.ndim == 3 and tuple(scores.shape[:2]) == shape[:2] and scores.shape[2] <= shape[2]
-    if not fits or scores.dtype != torch.float32:
-        raise ValueError(
-            f"cumulative_scores must be float32 {list(shape)} or of fewer keys, got {scores.dtype} {list(scores.shape)}"
-        )
+def _refuse(problem: str) -> NoReturn:
+    raise ValueError(f"flash_attention_with_cumulative_scores: {problem}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
 class FlashAttentionWithAccumulation(nn.Module):

@@ -5,15 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cab_attention.kernels.tile_logits import (
-    RUN_TIME,
-    about_keys,
-    constants_of,
-    key_arguments,
-    load_rows,
-    positions_of_rows,
-    tile_logits,
-)
+from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, key_arguments, shared_memory
+from cab_attention.kernels.tile_logits import about_keys, load_rows, positions_of_rows, tile_logits
 
 
 @triton.jit
@@ -52,14 +45,15 @@ def _attend(
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, positions_ptr,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_mb, stride_mh, stride_mn, stride_pb, stride_ph, stride_pn,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_on, stride_od,
+    stride_mb, stride_mh, stride_mn, stride_pb, stride_ph, stride_pn,
     n_queries, n_keys, window, scale, softcap,
     N_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q queries of a head. Writes output [B, H, Q, D] and lse [B, H, Q], both contiguous."""
+    """One program: BLOCK_Q queries of a head. Writes output [B, H, Q, D], any strides, and lse [B, H, Q]."""
     # The last rows see the most keys: they start first, so that no long program is left for the end.
     batch_head = tl.program_id(0).to(tl.int64)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -104,10 +98,10 @@ def _forward(
     acc = acc / divisor[:, None]
     # +inf: weights of a row that sees nothing come out 0
     lse = tl.where(seen, (peak + tl.log2(divisor)) * 0.6931471805599453, float("inf"))
-    offset = batch_head * n_queries + rows
-    tl.store(lse_ptr + offset, lse, mask=rows < n_queries)
+    tl.store(lse_ptr + batch_head * n_queries + rows, lse, mask=rows < n_queries)
+    out_ptr += batch * stride_ob + head * stride_oh
     tl.store(
-        out_ptr + offset[:, None] * DIM + dims[None, :], acc.to(out_ptr.dtype.element_ty),
+        out_ptr + rows.to(tl.int64)[:, None] * stride_on + dims[None, :] * stride_od, acc.to(out_ptr.dtype.element_ty),
         mask=(rows < n_queries)[:, None] & (dims < DIM)[None, :],
     )  # fmt: skip
 
@@ -126,15 +120,15 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Q, D]; k, v [B, G, K, D], any strides -> output [B, H, Q, D] in q's dtype, lse [B, H, Q] float32.
 
-    A row that sees no key has output 0 and lse +inf.
+    The output lies in memory as q does. A row that sees no key has output 0 and lse +inf.
     """
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
     tile = _tile(q)
-    grid = (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile["BLOCK_Q"]))
+    grid = (q.shape[0] * q.shape[1], ceil_div(q.shape[2], tile["BLOCK_Q"]))
     _forward[grid](
-        q, k, v, output, lse, mask, positions, *q.stride(), *k.stride(), *v.stride(), *of_keys,
+        q, k, v, output, lse, mask, positions, *q.stride(), *k.stride(), *v.stride(), *output.stride(), *of_keys,
         q.shape[2], k.shape[2], sliding_window or 0, scale, softcap or 1.0,
         **constants_of(q, k, is_causal, key_mask, key_positions, sliding_window, softcap), **tile,
     )  # fmt: skip
@@ -150,7 +144,16 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool
 
 
 def _tile(q: Tensor) -> dict[str, int]:
-    """Tile sizes; those for head dim 128 and half precision were chosen by measurement on an H200."""
-    if q.dtype == torch.float32 or q.shape[3] > 128:
-        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if q.shape[3] > 128 else 2)
-    return dict(BLOCK_Q=128, BLOCK_K=32, num_warps=4, num_stages=3)
+    """Tile sizes; those for half precision were chosen by measurement on an H200."""
+    dim = q.shape[3]
+    if q.dtype == torch.float32:
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if dim > 128 else 2)
+    if dim > 128:
+        if shared_memory(q.device) >= 200 * 1024:
+            return dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2)
+        return dict(BLOCK_Q=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    if dim > 64:
+        if shared_memory(q.device) >= 120 * 1024:
+            return dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=3)
+        return dict(BLOCK_Q=128, BLOCK_K=32, num_warps=4, num_stages=3)
+    return dict(BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3)

@@ -1,14 +1,17 @@
 """Triton: what every kernel shares: the logits of a tile, and which keys its rows see."""
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-# Never specialised: every prompt has its own.
-RUN_TIME = ["n_queries", "n_keys", "first_row", "window", "stride_mb", "stride_mh", "stride_pb", "stride_ph"]
+
+@triton.jit
+def _tanh(x):
+    """To float32's precision, relative, also near 0, where the closed form cancels; +-1 far out, never NaN."""
+    square = x * x
+    near = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -21,8 +24,7 @@ def tile_logits(
     Rows and keys come broadcast to the tile, which may lie either way.
     """
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1): goes to +-1 without NaN
-        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (s * scale) / softcap) + 1.0))
+        s = softcap * _tanh(s * scale / softcap)
         s = s * 1.4426950408889634
     else:
         s = s * (scale * 1.4426950408889634)
@@ -63,12 +65,13 @@ def positions_of_rows(
 @triton.jit
 def load_rows(
     ptr, at, n, stride_row, stride_dim, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    TRANSPOSED: tl.constexpr, MASKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MASKED: tl.constexpr, READ_ONCE: tl.constexpr = False,
 ):  # fmt: skip
     """Rows [at, at + BLOCK) of a matrix [n, DIM], padded with zeros to DIM_PADDED; TRANSPOSED: [DIM_PADDED, BLOCK].
 
-    With MASKED, rows from n on are zero; without, all must lie inside.
+    With MASKED, rows from n on are zero; without, all must lie inside. READ_ONCE leaves the L2 cache to other data.
     """
+    POLICY: tl.constexpr = "evict_first" if READ_ONCE else ""
     rows, dims = tl.arange(0, BLOCK), tl.arange(0, DIM_PADDED)
     ptr += tl.full((), at, tl.int64) * stride_row
     if TRANSPOSED:
@@ -79,48 +82,12 @@ def load_rows(
         inside, dim_inside = (at + rows < n)[:, None], (dims < DIM)[None, :]
     if DIM == DIM_PADDED:
         if MASKED:
-            tile = tl.load(pointers, mask=inside, other=0.0)
+            tile = tl.load(pointers, mask=inside, other=0.0, eviction_policy=POLICY)
         else:
-            tile = tl.load(pointers)
+            tile = tl.load(pointers, eviction_policy=POLICY)
     else:
         if MASKED:
-            tile = tl.load(pointers, mask=inside & dim_inside, other=0.0)
+            tile = tl.load(pointers, mask=inside & dim_inside, other=0.0, eviction_policy=POLICY)
         else:
-            tile = tl.load(pointers, mask=dim_inside, other=0.0)
+            tile = tl.load(pointers, mask=dim_inside, other=0.0, eviction_policy=POLICY)
     return tile
-
-
-def constants_of(
-    q: Tensor,
-    k: Tensor,
-    is_causal: bool,
-    key_mask: Tensor | None,
-    key_positions: Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> dict[str, Any]:
-    """The compile-time arguments that every kernel takes."""
-    return dict(
-        N_HEADS=q.shape[1],
-        GROUP=q.shape[1] // k.shape[1],
-        DIM=q.shape[3],
-        DIM_PADDED=max(16, triton.next_power_of_2(q.shape[3])),
-        IS_CAUSAL=is_causal,
-        HAS_WINDOW=sliding_window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_MASK=key_mask is not None,
-        HAS_POSITIONS=key_positions is not None,
-        PRECISION="ieee" if q.element_size() == 4 else "tf32",  # "tf32" says nothing of half precision
-    )
-
-
-def key_arguments(
-    q: Tensor, key_mask: Tensor | None, key_positions: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Mask (as bytes) and positions, each with strides over batch, KV head and key; `q` stands in for what is None."""
-    mask, mask_strides = q, (0, 0, 0)
-    if key_mask is not None:
-        batch, *head, key = key_mask.stride()
-        mask, mask_strides = key_mask.view(torch.uint8), (batch, head[0] if head else 0, key)
-    positions = q if key_positions is None else key_positions
-    return mask, positions, (*mask_strides, *((0, 0, 0) if key_positions is None else key_positions.stride()))

@@ -1,0 +1,70 @@
+"""What every launch of a kernel needs on the host."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Arguments that are never specialised: every prompt has its own.
+RUN_TIME = ["n_queries", "n_keys", "first_row", "window", "stride_mb", "stride_mh", "stride_pb", "stride_ph"]
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)  # Triton's own takes microseconds
+
+
+def power_of_two(number: int) -> int:
+    """The next one from `number` >= 1 on."""
+    return 1 << (number - 1).bit_length()
+
+
+def constants_of(
+    q: Tensor,
+    k: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    key_positions: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """The compile-time arguments that every Triton kernel takes."""
+    return dict(
+        N_HEADS=q.shape[1],
+        GROUP=q.shape[1] // k.shape[1],
+        DIM=q.shape[3],
+        DIM_PADDED=max(16, power_of_two(q.shape[3])),
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=sliding_window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_MASK=key_mask is not None,
+        HAS_POSITIONS=key_positions is not None,
+        PRECISION="ieee" if q.element_size() == 4 else "tf32",  # "tf32" says nothing of half precision
+    )
+
+
+def key_arguments(
+    q: Tensor, key_mask: Tensor | None, key_positions: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Mask (as bytes) and positions, each with strides over batch, KV head and key; `q` stands in for what is None."""
+    mask, mask_strides = q, (0, 0, 0)
+    if key_mask is not None:
+        batch, *head, key = key_mask.stride()
+        mask, mask_strides = key_mask.view(torch.uint8), (batch, head[0] if head else 0, key)
+    positions = q if key_positions is None else key_positions
+    return mask, positions, (*mask_strides, *((0, 0, 0) if key_positions is None else key_positions.stride()))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, times one to a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use: 99 KiB on small GPUs, 227 on an H200. A CPU interprets: no limit."""
+    if device.type != "cuda":
+        return 2**30
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
