@@ -16,6 +16,7 @@ from cab_attention.kernels.flash_attention_accumulate import (
     get_all_cumulative_scores,
     replace_attention_with_flash,
 )
+from cab_attention.kernels.tuning import tune_kernels
 from cab_attention.methods import CAB, H2O, TOVA, Full, Method, Random, SnapKV, StreamingLLM
 from cab_attention.transformers_attention import register
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_model_with_attention",
     "register",
     "replace_attention_with_flash",
+    "tune_kernels",
 ]
 
 register()

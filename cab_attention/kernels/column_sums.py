@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cab_attention.kernels import tuning
 from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, key_arguments
 from cab_attention.kernels.tile_logits import about_keys, load_rows, positions_of_rows, tile_logits
 
@@ -119,20 +120,37 @@ def column_sums(
     """
     scores = torch.empty(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
     mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
+    constants = constants_of(q, k, is_causal, key_mask, key_positions, sliding_window, softcap)
+
+    def launch(tile: tuning.Tile) -> None:
+        grid = (q.shape[0] * q.shape[1], ceil_div(k.shape[2], tile["BLOCK_K"]))
+        _column_sums[grid](
+            q, k, lse, scores, mask, positions, *q.stride(), *k.stride(), *of_keys, q.shape[2], k.shape[2],
+            q.shape[2] - score_queries, sliding_window or 0, scale, softcap or 1.0, **constants, **tile,
+        )  # fmt: skip
+
     tile = _tile(q)
-    grid = (q.shape[0] * q.shape[1], ceil_div(k.shape[2], tile["BLOCK_K"]))
-    _column_sums[grid](
-        q, k, lse, scores, mask, positions, *q.stride(), *k.stride(), *of_keys,
-        q.shape[2], k.shape[2], q.shape[2] - score_queries, sliding_window or 0, scale, softcap or 1.0,
-        **constants_of(q, k, is_causal, key_mask, key_positions, sliding_window, softcap), **tile,
-    )  # fmt: skip
+    if tuning.on:
+        tuning.run("column_sums", q, (score_queries, k.shape[2]), constants, tile, _other_tiles(q), launch)
+    else:
+        launch(tile)
     return scores
 
 
 def _tile(q: Tensor) -> dict[str, int]:
     """Tile sizes; those for half precision were chosen by measurement on an H200."""
     if q.dtype == torch.float32:
-        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=1 if q.shape[3] > 128 else 2)
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4, num_stages=2)
     if q.shape[3] > 128:
         return dict(BLOCK_Q=32, BLOCK_K=128, num_warps=8, num_stages=2)
     return dict(BLOCK_Q=64, BLOCK_K=128, num_warps=4, num_stages=3)
+
+
+def _other_tiles(q: Tensor) -> list[tuning.Tile]:
+    """What is tried beside the default when kernels are tuned."""
+    sizes = [(64, 128, 4, 3), (64, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)]
+    if q.dtype == torch.float32:
+        sizes = [(32, 32, 4, 2), (64, 64, 8, 1)]
+        if q.shape[3] > 128:
+            sizes = sizes[:1]  # the others spill kilobytes of registers and compile for half a minute
+    return [dict(BLOCK_Q=rows, BLOCK_K=keys, num_warps=warps, num_stages=n) for rows, keys, warps, n in sizes]

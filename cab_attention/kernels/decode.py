@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cab_attention.kernels import tuning
 from cab_attention.kernels.column_sums import column_sums
-from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, key_arguments, multiprocessors, power_of_two
+from cab_attention.kernels.launch import (
+    RUN_TIME,
+    ceil_div,
+    constants_of,
+    key_arguments,
+    multiprocessors,
+    power_of_two,
+    shared_memory,
+)
 from cab_attention.kernels.tile_logits import about_keys, load_rows, positions_of_rows, tile_logits
 
 LONG_SPLIT = 1024  # keys; where splits are shorter, merging twice as many costs more than it gains
@@ -173,30 +182,40 @@ def decode_attention(
         sliding_window=sliding_window,
         softcap=softcap,
     )
-    constants = constants_of(q, k, **options)
+    keep_logits = n_queries == 1 and score_queries > 0
+    constants = constants_of(q, k, **options) | {"KEEP_LOGITS": keep_logits}
     mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
-    tile = _tile(q, n_heads // n_kv_heads * n_queries)
-    n_row_blocks = ceil_div(n_heads // n_kv_heads * n_queries, tile["ROWS"])
     first_key = 0
     if sliding_window is not None and key_positions is None:  # no row sees a key before this one
         first_key = max(0, n_keys - n_queries - sliding_window + 1)
-    split_length, n_splits = _split(q, n_keys, first_key, n_batch * n_kv_heads * n_row_blocks, tile["BLOCK_K"])
-
-    keep_logits = n_queries == 1 and score_queries > 0
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], **float32)
     scores = torch.empty(scores_shape, **float32) if keep_logits else lse
-    partial = torch.empty(*q.shape[:3], n_splits, dim, **float32)
-    peaks = torch.empty(*q.shape[:3], 2, n_splits, **float32)  # and totals
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+
+    def attend_splits(tile: tuning.Tile) -> tuple[Tensor, Tensor]:
+        """The first launch: it reads the inputs only, so that it may be run again with other tile sizes."""
+        n_row_blocks = ceil_div(n_heads // n_kv_heads * n_queries, tile["ROWS"])
+        split_length, n_splits = _split(q, n_keys, first_key, n_batch * n_kv_heads * n_row_blocks, tile["BLOCK_K"])
+        partial = torch.empty(*q.shape[:3], n_splits, dim, **float32)
+        peaks = torch.empty(*q.shape[:3], 2, n_splits, **float32)  # and totals
         _attend_split[(n_batch * n_kv_heads, n_splits, n_row_blocks)](
             q, k, v, partial, peaks, scores, mask, positions, *q.stride(), *k.stride(), *v.stride(), *of_keys,
             n_queries, n_keys, first_key, split_length, n_splits, sliding_window or 0, scale, softcap or 1.0,
-            **constants, KEEP_LOGITS=keep_logits, **tile,
+            **constants, **tile,
         )  # fmt: skip
+        return partial, peaks
+
+    tile = _tile(q, n_heads // n_kv_heads * n_queries)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        if tuning.on:
+            others = _other_tiles(tile, shared_memory(q.device), constants["DIM_PADDED"] * q.element_size())
+            lengths = (n_keys - first_key,)
+            partial, peaks = tuning.run("decode", q, lengths, constants, tile, others, attend_splits)
+        else:
+            partial, peaks = attend_splits(tile)
         n_score_blocks = ceil_div(n_keys, SCORES_BLOCK) if keep_logits else 0
         _combine[(n_batch * n_heads * n_queries, 1 + n_score_blocks)](
-            partial, peaks, output, lse, scores, n_keys, first_key, n_splits,
+            partial, peaks, output, lse, scores, n_keys, first_key, peaks.shape[-1],
             DIM=dim, DIM_PADDED=constants["DIM_PADDED"], MAX_SPLITS=MAX_SPLITS,
             BLOCK_SPLITS=min(MAX_SPLITS, 4096 // constants["DIM_PADDED"]), BLOCK_K=SCORES_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -232,3 +251,13 @@ def _tile(q: Tensor, n_rows: int) -> dict[str, int]:
         num_warps=8 if q.dtype == torch.float32 else 4,
         num_stages=3,
     )
+
+
+def _other_tiles(default: tuning.Tile, bytes_shared: int, row_bytes: int) -> list[tuning.Tile]:
+    """What is tried beside the default when kernels are tuned, but for what surely does not fit."""
+    return [
+        default | {"BLOCK_K": keys, "num_stages": stages}
+        for keys in (32, 64, 128)
+        for stages in (3, 4)
+        if 2 * (stages - 1) * keys * row_bytes <= bytes_shared  # of k and v, all stages but one are held there
+    ]

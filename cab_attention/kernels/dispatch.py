@@ -227,8 +227,7 @@ def _on_gpu(
 def _laid_out_like(q: Tensor, output: Tensor) -> Tensor:
     """torch.compile must know the layout beforehand, whatever kernel runs: it is that of `torch.empty_like(q)`.
 
-    cuDNN gives this; the others give a contiguous output, which is copied where q is not. Models' q comes transposed
-    from [B, Q, H, D], and they transpose the output back: then this copy takes the place of theirs.
+    cuDNN and Triton's forward give this; the others give a contiguous output, which is copied where q is not.
     """
     if output.stride() == q.stride() or (output.is_contiguous() and q.is_contiguous()):
         return output

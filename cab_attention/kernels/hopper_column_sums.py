@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cab_attention.kernels.launch import ceil_div, key_arguments, multiprocessors, power_of_two
+from cab_attention.kernels import tuning
+from cab_attention.kernels.launch import ceil_div, key_arguments, multiprocessors, power_of_two, shared_memory
 
 copy_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
 KEYS = gl.constexpr(64)  # of a group: the rows of one matrix instruction
@@ -198,16 +199,30 @@ def hopper_column_sums(
     n_k = k.shape[2]
     dim_padded = max(64, power_of_two(dim))
     scores = torch.empty(n_batch, n_heads, n_k, dtype=torch.float32, device=q.device)
-    tile = _tile(q, n_k, dim_padded)
-    block = [1, 1, tile["BLOCK_Q"], dim_padded]
-    queries = TensorDescriptor.from_tensor(q, block, _layout(tile["BLOCK_Q"], dim_padded))
     mask, _, (mask_batch, mask_head, mask_key, *_) = key_arguments(q, key_mask, None)
-    _column_sums[(n_batch * n_heads, ceil_div(n_k, tile["GROUPS"] * 64))](
-        queries, k, lse, scores, mask, *k.stride()[:3], mask_batch, mask_head, mask_key,
-        n_q, n_k, n_q - score_queries, scale * 1.4426950408889634,
-        N_HEADS=n_heads, GROUP=n_heads // k.shape[1], DIM=dim, DIM_PADDED=dim_padded, IS_CAUSAL=is_causal,
-        HAS_MASK=key_mask is not None, **tile, num_warps=4,
-    )  # fmt: skip
+    constants = dict(
+        N_HEADS=n_heads,
+        GROUP=n_heads // k.shape[1],
+        DIM=dim,
+        DIM_PADDED=dim_padded,
+        IS_CAUSAL=is_causal,
+        HAS_MASK=key_mask is not None,
+    )
+
+    def launch(tile: tuning.Tile) -> None:
+        block = [1, 1, tile["BLOCK_Q"], dim_padded]
+        queries = TensorDescriptor.from_tensor(q, block, _layout(tile["BLOCK_Q"], dim_padded))
+        _column_sums[(n_batch * n_heads, ceil_div(n_k, tile["GROUPS"] * 64))](
+            queries, k, lse, scores, mask, *k.stride()[:3], mask_batch, mask_head, mask_key,
+            n_q, n_k, n_q - score_queries, scale * 1.4426950408889634, **constants, **tile, num_warps=4,
+        )  # fmt: skip
+
+    tile = _tile(q, n_k, dim_padded)
+    if tuning.on:
+        others = _other_tiles(shared_memory(q.device), dim_padded)
+        tuning.run("hopper_column_sums", q, (score_queries, n_k), constants, tile, others, launch)
+    else:
+        launch(tile)
     return scores
 
 
@@ -226,3 +241,13 @@ def _tile(q: Tensor, n_keys: int, dim_padded: int) -> dict[str, int]:
     if q.shape[0] * q.shape[1] * ceil_div(n_keys, 256) >= 1.5 * multiprocessors(q.device):
         return dict(GROUPS=4, BLOCK_Q=64, STAGES=6, REGISTERS=120)
     return dict(GROUPS=2, BLOCK_Q=128, STAGES=3, REGISTERS=240)
+
+
+def _other_tiles(bytes_shared: int, dim_padded: int) -> list[tuning.Tile]:
+    """What is tried beside the default when kernels are tuned: of the rings, those that fit."""
+    sizes = [(3, 128, 4, 160), (4, 64, 6, 120), (2, 128, 3, 240), (3, 64, 4, 160)]
+    return [
+        dict(GROUPS=groups, BLOCK_Q=rows, STAGES=stages, REGISTERS=registers)
+        for groups, rows, stages, registers in sizes
+        if stages * rows * (dim_padded * 2 + 4) + 1024 <= bytes_shared  # queries and their lse; barriers, alignment
+    ]
