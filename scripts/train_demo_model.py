@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from experiments.longbench_qa.demo_language import FAMILIES, draw, training_sequences
+from experiments.longbench_qa.demo_text import PASSAGES, SENTENCES, demo_tokenizer
 from experiments.longbench_qa.demo_words import BOS, EOS, PAD, WORDS
 
 STAGES = ((1, 4), (1, 8), (2, 8), (4, 8), (7, 8), (14, 8), (30, 8), (60, 8))  # passages, sentences of each
@@ -193,7 +194,30 @@ def train(recipe: Recipe, folder: Path, device: str, resume: bool, report: Calla
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state | {"stage": stage, "best": best, "recipe": asdict(recipe)}, checkpoint)
                 report(f"step {step}, {time.perf_counter() - started:.0f} s: stage {stage}, {_shares(best)}")
-    model.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    demo_tokenizer().save_pretrained(folder)
+    evaluate(model, folder / "evaluation.csv", device, report)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, path: Path, device: str, report: Callable[[str], None], n_rows: int = 200) -> None:
+    """Share of held-out questions whose every answer token comes out right, by family and length; a row each."""
+    model.eval()
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("family", "tokens", "rows", "accuracy"))
+        for family in FAMILIES:
+            shares = []
+            for length, passages in PASSAGES.items():
+                right = []
+                for some in torch.arange(n_rows, device=device).split(max(1, 65536 // length)):
+                    batch = draw(0, some, family, passages, SENTENCES, held_out=True)
+                    ids, labels = training_sequences(batch)
+                    n_labels = batch.answers.shape[2] + 1
+                    right += [loss_and_accuracy(model, ids, labels, 1, n_labels)[1].item() * len(some)]
+                shares.append(f"{sum(right) / n_rows:.3f} at {length}")
+                table.writerow((family, length, n_rows, sum(right) / n_rows))
+            report(f"held out, {family}: {', '.join(shares)}")
 
 
 def _pick(chance: float) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PATH = Path(__file__).resolve().parents[1] / "scripts" / "train_demo_model.py"
 spec = importlib.util.spec_from_file_location("train_demo_model", PATH)
@@ -17,7 +17,8 @@ spec.loader.exec_module(training)
 RECIPE = training.Recipe(steps=6, batch_tokens=256, warmup=2, width=32, layers=2, checkpoint=3)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "PASSAGES", {512: 1, 1024: 2})
     training.train(RECIPE, tmp_path / "whole", "cpu", resume=False, report=lambda line: None)
 
     def stop(line: str) -> None:
@@ -31,6 +32,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path):
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, parts.state_dict()[name]), name
     rows = list(csv.DictReader((tmp_path / "whole" / "log.csv").open()))
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "whole")("Ada Kern's badge").input_ids[0] == whole.config.bos_token_id
+    )
+    assert len((tmp_path / "whole" / "evaluation.csv").read_text().splitlines()) == 1 + 4 * 2
     assert [row["step"] for row in rows] == ["0"] and float(rows[0]["loss"]) > 1
 
 

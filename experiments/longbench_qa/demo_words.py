@@ -36,9 +36,9 @@ PLACES = _split("mill well gate quay barn tower chapel orchard stable market cel
 NUMBERS = tuple(str(number) for number in range(1, 65))
 OTHERS = _split("'s is . ? : , The the near packed and Passage passage Question Answer what which did pack tells of")
 
-PAD, BOS, EOS = 0, 1, 2
+PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 WORDS = (
-    "<pad>", "<bos>", "<eos>", *FIRST_NAMES, *LAST_NAMES, *ATTRIBUTES, *RELATIONS, *QUALITIES, *THINGS, *VERBS, *PLACES,
-    *NUMBERS, *OTHERS,
+    "<pad>", "<bos>", "<eos>", "<unk>", *FIRST_NAMES, *LAST_NAMES, *ATTRIBUTES, *RELATIONS, *QUALITIES, *THINGS, *VERBS,
+    *PLACES, *NUMBERS, *OTHERS,
 )  # fmt: skip
 ID = {word: index for index, word in enumerate(WORDS)}
