@@ -3,7 +3,7 @@
 import csv
 import os
 import subprocess
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -90,12 +90,12 @@ def merged(old: Iterable[Row], new: Iterable[Row], groups: Collection[str]) -> l
     return sorted([*rows, *new], key=lambda row: row["group"])  # stable: a group keeps its order
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a CSV whole, or leave the one that is there."""
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
+    """Write a CSV whole, or leave the one that is there. What a row lacks stays empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(unfinished, path)

@@ -16,7 +16,6 @@ Rows of the CSV, by `part`; `kept_share` is the share of the keys kept on `again
 
 import argparse
 import copy
-import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from benchmark_records import RESULTS, STAMP, stamp
+from benchmark_records import RESULTS, STAMP, stamp, write_rows
 from sharp_model import BOS, sharp_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -242,14 +241,6 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[bool | None, str]]:
     return found
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="a LongBench NAME.jsonl")
@@ -283,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = dict(prompts=options.prompts.name, prompt=index, tokens=len(prompt), budget=options.budget)
             rows += [where | heads | dict(head_dim=head_dim) | row | made_with for row in found]
         print(table(rows, options.layers, head_dim), flush=True)
-    write_csv(options.output, rows)
+    rounded = [{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows]
+    write_rows(options.output, rounded, COLUMNS)
     results = verdicts(rows)
     for holds, words in results:
         print(f"{ {True: 'holds', False: 'FAILS', None: 'reported'}[holds] }: {words}")
