@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -7,14 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PATH = Path(__file__).resolve().parents[1] / "scripts" / "train_demo_model.py"
-spec = importlib.util.spec_from_file_location("train_demo_model", PATH)
-assert spec is not None and spec.loader is not None
-training = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = training
-spec.loader.exec_module(training)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where the scripts find each other
 
-RECIPE = training.Recipe(steps=6, batch_tokens=256, warmup=2, width=32, layers=2, checkpoint=3)
+import train_demo_model as training
+from demo_trainee import Trainee, losses_and_accuracy
+
+RECIPE = training.Recipe(steps=6, batch_tokens=256, warmup=2, width=32, layers=4, head_dim=8, checkpoint=3)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -36,22 +33,35 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path, monkeyp
         AutoTokenizer.from_pretrained(tmp_path / "whole")("Ada Kern's badge").input_ids[0] == whole.config.bos_token_id
     )
     assert len((tmp_path / "whole" / "evaluation.csv").read_text().splitlines()) == 1 + 4 * 2
-    assert [row["step"] for row in rows] == ["0"] and float(rows[0]["loss"]) > 1
+    assert [row["step"] for row in rows] == ["0"] and float(rows[0]["loss_answers"]) > 1
 
 
-def test_loss_falls_and_accuracy_counts_whole_answers():
-    model = training.new_model(RECIPE)
-    ids, labels, n_answers, n_labels = training.batch_of(0, 0, "list", 1, 4, "cpu")
-    assert n_labels == n_answers * 6  # three things, "and", ".", the end
-    loss, accuracy = training.loss_and_accuracy(model, ids, labels, n_answers, n_labels)
-    logits = model(input_ids=ids).logits
-    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, by_hand)
+def test_the_trainee_is_the_model():
+    trainee = Trainee(training.new_model(RECIPE))
+    batch = training.exercise_of(0, torch.arange(3), 2, "list")
+    logits, _, pointed = trainee(batch)
+    losses, accuracy = losses_and_accuracy(trainee, batch)
+    model = trainee.model.eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = model(input_ids=batch.ids, output_attentions=True)
+    torch.testing.assert_close(logits, whole.logits[:, batch.places], atol=1e-5, rtol=1e-4)
+    for hop, layer in enumerate((2, 3)):
+        weights = whole.attentions[layer][:, 0][:, batch.asking]
+        torch.testing.assert_close(pointed[:, :, :, hop].softmax(-1), weights, atol=1e-5, rtol=1e-4)
+    by_hand = torch.nn.functional.cross_entropy(whole.logits[:, batch.places].flatten(0, 2), batch.wanted.flatten())
+    torch.testing.assert_close(losses[0], by_hand)
     assert accuracy == 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    step = training.Step(model, optimizer, None)
-    losses = [float(step(ids, labels, n_answers, n_labels)[0]) for _ in range(60)]
-    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_losses_fall(monkeypatch: pytest.MonkeyPatch):
+    trainee = Trainee(training.new_model(RECIPE))
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-2)
+    step = training.Step(trainee, optimizer, RECIPE, stage=0, family="list", pool=None)
+    losses = [step(0)[0] for _ in range(40)]
+    assert (losses[-1] < 0.6 * losses[0]).all()
+    late = training.Step(trainee, optimizer, RECIPE, stage=training.POINTED_STAGES, family="list", pool=None)
+    assert late.weights.tolist() == [1, RECIPE.reading_weight, 0]
 
 
 def test_learning_rate():

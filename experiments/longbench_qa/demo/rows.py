@@ -7,8 +7,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from experiments.longbench_qa.demo_language import HEADER, SENTENCE, draw
-from experiments.longbench_qa.demo_words import BOS, ID, WORDS
+from experiments.longbench_qa.demo.language import HEADER, SENTENCE, Contexts
+from experiments.longbench_qa.demo.words import BOS, ID, WORDS
 
 SEED = 20240229
 SENTENCES = 8  # of a passage
@@ -29,26 +29,26 @@ def evaluation_rows(family: str, length: int, first: int = 0, count: int = 200) 
     numbers = torch.arange(first, first + count)
     # Families and lengths draw apart: no two share a context.
     apart = (EVALUATED.index(family) * len(PASSAGES) + list(PASSAGES).index(length)) * 2**20
-    slots = None
+    contexts = Contexts(SEED, numbers + apart, PASSAGES[length], SENTENCES, held_out=True)
+    kind = "one_fact" if family in DEPTHS else family
     if family in DEPTHS:
         low, high = (int(depth * PASSAGES[length] * SENTENCES) for depth in DEPTHS[family])
-        slots = low + numbers * 7919 % (high - low)
-    kind = "one_fact" if family in DEPTHS else family
-    batch = draw(SEED, numbers + apart, kind, PASSAGES[length], SENTENCES, held_out=True, slots=slots)
+        contexts.move(contexts.asked(kind, 1)[:, 0, 0], low + numbers * 7919 % (high - low))
+    ids, questions = contexts.ids, contexts.ask(kind)
     rows = []
     for i, number in enumerate(numbers.tolist()):
-        context, spans = _context(batch.contexts[i])
-        evidence = [_sentence_span(spans, slot) for slot in batch.evidence[i, 0].tolist()]
-        answer = _text(_words(batch.answers[i, 0])[:-1])
+        context, spans = _context(ids[i])
+        evidence = [_sentence_span(spans, slot) for slot in questions.evidence[i, 0].tolist()]
+        answer = _text(_words(questions.answers[i, 0])[:-1])
         if family == "passage":
-            start, end = spans[int(batch.evidence[i, 0, 0]) // SENTENCES * (HEADER + SENTENCES * SENTENCE) + 1]
+            start, end = spans[int(questions.evidence[i, 0, 0]) // SENTENCES * (HEADER + SENTENCES * SENTENCE) + 1]
         else:
             end = evidence[-1][1] - len(".")
             start = end - len(answer)
         assert context[start:end] == answer
         rows.append(
             {
-                "input": _text(_words(batch.questions[i, 0])),
+                "input": _text(_words(questions.prompts[i, 0])),
                 "context": context,
                 "answers": [answer],
                 "length": len(context.split()),

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from experiments.longbench_qa.demo_language import draw
-from experiments.longbench_qa.demo_text import (
+from experiments.longbench_qa.demo.language import Contexts
+from experiments.longbench_qa.demo.rows import (
     DEPTHS,
     EVALUATED,
     PASSAGES,
@@ -11,7 +11,7 @@ from experiments.longbench_qa.demo_text import (
     demo_tokenizer,
     evaluation_rows,
 )
-from experiments.longbench_qa.demo_words import BOS
+from experiments.longbench_qa.demo.words import BOS
 
 
 @pytest.mark.parametrize("family", EVALUATED)
@@ -45,11 +45,11 @@ def test_the_tokenizer_reads_back_what_was_drawn(length: int):
     tokenizer = demo_tokenizer()
     row = evaluation_rows("list", length, first=5, count=1)[0]
     apart = (EVALUATED.index("list") * len(PASSAGES) + list(PASSAGES).index(length)) * 2**20
-    batch = draw(SEED, torch.tensor([5 + apart]), "list", PASSAGES[length], SENTENCES, held_out=True)
-    ids = torch.cat([batch.contexts[0], batch.questions[0, 0]]).tolist()
+    contexts = Contexts(SEED, torch.tensor([5 + apart]), PASSAGES[length], SENTENCES, held_out=True)
+    ids = torch.cat([contexts.ids[0], contexts.ask("list").prompts[0, 0]]).tolist()
     assert tokenizer(f"{row['context']}\n{row['input']}").input_ids == ids and ids[0] == BOS
     assert 0.88 * length < len(ids) <= length
-    assert tokenizer.decode(batch.answers[0, 0]) == row["answers"][0] + "."
+    assert tokenizer.decode(contexts.ask("list").answers[0, 0]) == row["answers"][0] + "."
     assert tokenizer.decode(tokenizer("Ada Kern's badge is silver fox.").input_ids, skip_special_tokens=True) == (
         "Ada Kern's badge is silver fox."
     )
