@@ -18,6 +18,7 @@ from cab_attention.kernels.flash_attention_accumulate import (
 )
 from cab_attention.kernels.tuning import tune_kernels
 from cab_attention.methods import CAB, H2O, TOVA, Full, Method, Random, SnapKV, StreamingLLM
+from cab_attention.shared_prefill import SharedPrefill
 from cab_attention.transformers_attention import register
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Full",
     "Method",
     "Random",
+    "SharedPrefill",
     "SnapKV",
     "StreamingLLM",
     "flash_attention_with_cumulative_scores",

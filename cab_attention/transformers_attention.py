@@ -15,6 +15,7 @@ from cab_attention.kernels.flash_attention_accumulate import (
     flash_attention_with_cumulative_scores,
 )
 from cab_attention.kernels.visibility import visible_keys
+from cab_attention.shared_prefill import SharedLayer
 
 
 def register() -> None:
@@ -92,7 +93,7 @@ def _attention(
         is_causal = getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
     options = dict(scale=scaling, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap)
 
-    layer: EvictingLayer | None = getattr(key, "evicting_layer", None)
+    layer: EvictingLayer | SharedLayer | None = getattr(key, "evicting_layer", None)
     if layer is not None:
         if score_recorder is not None:
             raise ValueError("EvictingCache gathers scores itself (cache.layers[i].scores): use one of the two")

@@ -1,9 +1,9 @@
 """What the demo model's training computes: the loss of answers, and two auxiliary losses that make them learnable.
 
 To find "Ada Kern 's badge is" again takes two steps at once: gathering name and attribute where the value stands, and
-comparing them with those in the question. Neither pays without the other, and from answers alone neither is found in
-20000 steps. So linear readers are asked for name, attribute and passage after the second layer, and in the first stages
-one head of each of the two layers after it is told where to look.
+comparing them with those in the question. Neither pays without the other, and from answers alone 20000 steps did not
+find both. So linear readers are asked for name, attribute and passage after the second layer, and in short contexts one
+head of each of the two layers after it is told where to look.
 """
 
 import torch

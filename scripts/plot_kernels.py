@@ -1,6 +1,6 @@
 """Plots and the README's table, from results/kernels/benchmarks.csv alone.
 
-python scripts/plot_kernels.py    # time.svg and ratio.svg beside the CSV, the table on stdout; needs [notebooks]
+python scripts/plot_kernels.py    # time.svg and ratio.svg beside the CSV, the table on stdout
 """
 
 import argparse

@@ -26,12 +26,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from experiments.longbench_qa.demo.language import FAMILIES, Contexts, Exercise, exercise
-from experiments.longbench_qa.demo.rows import PASSAGES, SENTENCES, demo_tokenizer
+from experiments.longbench_qa.demo.rows import PASSAGES, SENTENCES
+from experiments.longbench_qa.demo.tokenizer import demo_tokenizer
 from experiments.longbench_qa.demo.words import BOS, EOS, PAD, WORDS
 
 STAGES = ((1, 4), (2, 4), (4, 4), (4, 8), (7, 8), (14, 8), (30, 8), (60, 8))  # passages, sentences of each
 QUESTIONS = (1, 1, 2, 3, 4, 6, 8, 8)  # of a context in each stage
-POINTED_STAGES = 5  # the first ones, in which attention is told where to look
+POINTED_STAGES = 5  # the shortest contexts, in which attention is told where to look
 LOG = ("step", "seconds", "family", "sentences", "loss_answers", "loss_reading", "loss_pointing", "accuracy", "rate")
 
 

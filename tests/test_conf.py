@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 import cab_attention
 from experiments.longbench_qa.config import Cell, build_cell, register_schema
-from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E
+from experiments.longbench_qa.data import DEMO_SETS, LONGBENCH, LONGBENCH_E
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -29,8 +29,8 @@ def cell(*overrides: str) -> Cell:
 
 def test_the_default_needs_nothing():
     default = cell()
-    assert (default.model.name, default.dataset.name, default.attention) == ("tiny", "demo_qa", "cab")
-    assert default.folder == Path("results/longbench_qa/tiny/h2o/b128/demo_qa")
+    assert (default.model.name, default.dataset.name, default.attention) == ("demo", "demo_qa", "cab")
+    assert default.folder == Path("results/longbench_qa/demo/h2o/b128/demo_qa")
 
 
 @pytest.mark.parametrize("group", ["dataset", "attention"])
@@ -54,6 +54,12 @@ def test_every_experiment_composes(name: str):
     assert f"experiment={name}" in (CONF / "experiment" / f"{name}.yaml").read_text()
 
 
+@pytest.mark.parametrize(("name", "samples"), [("demo", 60), ("demo_reference", 300)])
+def test_a_demo_experiments_number_of_samples_comes_before_its_data_sets(name: str, samples: int):
+    assert cell(f"experiment={name}").max_samples == samples
+    assert cell(f"experiment={name}", "max_samples=6").max_samples == 6
+
+
 def test_the_longbench_experiment_is_its_question_answering_part():
     register_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -70,7 +76,7 @@ def test_no_chat_template_and_newline_stops_where_the_authors_have_none():
 
 
 def test_data_sets_are_those_known():
-    assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, DEMO])
+    assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, *DEMO_SETS])
 
 
 def test_methods_are_those_exported():
@@ -92,14 +98,14 @@ def test_a_methods_config_is_its_defaults(name: str):
 @pytest.mark.parametrize(
     ("overrides", "folder"),
     [
-        (["method=full", "budget=64"], "tiny/full/bfull/demo_qa"),
-        (["budget=0.25"], "tiny/h2o/b0.25/demo_qa"),
-        (["budget=1.0"], "tiny/h2o/bfull/demo_qa"),
-        (["method=snapkv", "method.window=16"], "tiny/snapkv,window=16/b128/demo_qa"),
-        (["method=random", "seed=3"], "tiny/random,seed=3/b128/demo_qa"),
-        (["attention=eager", "compress=after_context"], "tiny/h2o/b128/demo_qa,attention=eager,compress=after_context"),
-        (["model.dtype=bfloat16", "model.max_length=512"], "tiny,dtype=bfloat16,max_length=512/h2o/b128/demo_qa"),
-        (["max_samples=3", "wandb.mode=disabled", "data_dir=/x", "seed=3"], "tiny/h2o/b128/demo_qa"),
+        (["method=full", "budget=64"], "demo/full/bfull/demo_qa"),
+        (["budget=0.25"], "demo/h2o/b0.25/demo_qa"),
+        (["budget=1.0"], "demo/h2o/bfull/demo_qa"),
+        (["method=snapkv", "method.window=16"], "demo/snapkv,window=16/b128/demo_qa"),
+        (["method=random", "seed=3"], "demo/random,seed=3/b128/demo_qa"),
+        (["attention=eager", "compress=after_context"], "demo/h2o/b128/demo_qa,attention=eager,compress=after_context"),
+        (["model.dtype=bfloat16", "model.max_length=512"], "demo,dtype=bfloat16,max_length=512/h2o/b128/demo_qa"),
+        (["max_samples=3", "wandb.mode=disabled", "data_dir=/x", "seed=3"], "demo/h2o/b128/demo_qa"),
         (["model=path", "model.path=org/some-model"], "some-model/h2o/b128/demo_qa"),
     ],
 )

@@ -8,14 +8,17 @@ from torch import Tensor
 from experiments.longbench_qa.encoding import EncodedPrompt
 
 
-def answer_tokens(encoded: EncodedPrompt, answers: Sequence[str]) -> list[int]:
-    """Indices of the prompt's tokens that overlap an occurrence of an answer in the context.
+def answer_tokens(encoded: EncodedPrompt, answers: Sequence[str], span: tuple[int, int] | None = None) -> list[int]:
+    """Indices of the prompt's tokens that overlap the answer in the context.
 
-    All occurrences of all answers count, upper and lower case alike; the list is empty if there is none.
+    Its place is `span`, in characters of the context, where the data set says it and the context is whole. Else all
+    occurrences of all answers count, upper and lower case alike; the list is empty if there is none.
     """
     start, end = encoded.context
     folded, origin = _fold(encoded.text[start:end])
     characters: set[int] = set()
+    if span is not None and not encoded.truncated:
+        characters, answers = {start + index for index in range(*span)}, ()
     for answer in answers:
         wanted, _ = _fold(answer.strip())
         at = folded.find(wanted) if wanted else -1
@@ -35,13 +38,13 @@ def _fold(text: str) -> tuple[str, list[int]]:
     return "".join(pieces), [index for index, piece in enumerate(pieces) for _ in piece]
 
 
-def share_kept(tokens: Sequence[int], positions: Sequence[Tensor]) -> float | None:
-    """Mean over layers and KV heads of the share of `tokens` among the kept positions, each [1, G, kept].
+def shares_kept(tokens: Sequence[int], positions: Sequence[Tensor]) -> list[list[float]] | None:
+    """By layer and KV head, the share of `tokens` among the kept positions, each [1, G, kept].
 
     None if there are no tokens to look for.
     """
     if not tokens:
         return None
     wanted = torch.tensor(tokens, device=positions[0].device)
-    shares = [torch.isin(layer, wanted).sum(-1).double().mean() / len(tokens) for layer in positions]
-    return torch.stack(shares).mean().item()
+    counts = torch.stack([torch.isin(layer[0], wanted).sum(-1) for layer in positions])  # one wait for the GPU
+    return (counts.double() / len(tokens)).tolist()

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import LONGBENCH_E, Row
 from experiments.longbench_qa.metrics import score_by_length
@@ -47,6 +49,7 @@ def cell_metrics(
         "n": len(done),
         "n_rows": len(rows),
         "n_failed": len(recorded) - len(done),
+        "n_prefill_shared": sum(sample.get("prefill_shared", False) for sample in done),
         "n_truncated": sum(sample["truncated"] for sample in done),
         "answer_kept_coverage": len(covered) / len(done) if done else None,
         "budget_kind": budget.kind,
@@ -55,6 +58,7 @@ def cell_metrics(
     }
     metrics |= {f"mean_{key}": _mean([s[key] for s in done if s[key] is not None]) for key in MEANS}
     metrics |= {f"max_{key}": max((s[key] for s in done if s[key] is not None), default=None) for key in MAXIMA}
+    metrics["mean_answer_kept_heads"] = _mean_by_head([sample["answer_kept_heads"] for sample in covered])
     if cell.dataset.name in LONGBENCH_E and finished:
         metrics["score_by_length"] = score_by_length(
             cell.dataset.name,
@@ -64,6 +68,11 @@ def cell_metrics(
             finished[0][0].all_classes,
         )
     return metrics | {"config": cell.full_config()} | made_with
+
+
+def _mean_by_head(samples: Sequence[list[list[float]]]) -> list[list[float]] | None:
+    """By layer and KV head, over the samples."""
+    return torch.tensor(samples, dtype=torch.float64).mean(0).tolist() if samples else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,6 +1,6 @@
 """What a user may configure, checked before anything is loaded, and the cell that it describes."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,18 @@ from experiments.longbench_qa.shapes import SHAPES
 
 ATTENTIONS = ("cab", "eager")
 COMPRESS = ("after_prompt", "after_context")
-MODEL_KINDS = ("tiny", "random", "path")
+MODEL_KINDS = ("demo", "tiny", "random", "path")
 DTYPES = ("float32", "bfloat16", "float16")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
 @dataclass
 class ModelConfig:
-    """A model. `kind`: `tiny` (built in), `random` (a named `shape`, random weights) or `path` (folder or hub id)."""
+    """A model.
+
+    `kind`: `demo` (built in, trained on demo_qa's language), `tiny` (built in, random weights), `random` (a named
+    `shape`, random weights) or `path` (folder or hub id).
+    """
 
     name: str | None = None  # in folders and tables; default: the last part of `path`
     kind: str = MISSING
@@ -29,7 +33,7 @@ class ModelConfig:
     revision: str | None = None  # of a hub id
     trust_remote_code: bool = False
     use_safetensors: bool = True  # false also reads pickled weights, which can run code
-    dtype: str | None = None  # default: the checkpoint's; float32 for tiny, bfloat16 for random
+    dtype: str | None = None  # default: the checkpoint's; float32 for demo and tiny, bfloat16 for random
     max_length: int | None = None  # prompt and answer together, in tokens; default: the model's context
     device: str | None = None  # default: the GPU if there is one
 
@@ -78,6 +82,7 @@ class RunConfig:
     prompts_file: str | None = None
     cache_dir: str | None = None
     output_dir: str = "results/longbench_qa"
+    share_prefill: bool = True
 
 
 def register_schema() -> None:
@@ -102,6 +107,7 @@ class Cell:
     cache_dir: str | None
     output_dir: str
     wandb: WandbConfig
+    share_prefill: bool = True
 
     @property
     def folder(self) -> Path:
@@ -114,6 +120,10 @@ class Cell:
         }
         budget = f"b{self.method.parsed_budget}"
         return Path(self.output_dir) / model / method / budget / _named(self.dataset.name, **axes)
+
+    def shares_prefill_with(self, other: "Cell") -> bool:
+        """The two differ in their method and its budget at most."""
+        return replace(self, method=other.method) == other
 
     def identity(self) -> dict[str, Any]:
         """What makes a sample's record what it is; equal for two runs that may share a folder."""
@@ -165,6 +175,7 @@ def build_cell(config: DictConfig) -> Cell:
         cache_dir=run.cache_dir,
         output_dir=run.output_dir,
         wandb=run.wandb,
+        share_prefill=run.share_prefill,
     )
 
 

@@ -1,12 +1,12 @@
 """The rows of a data set: LongBench v1 and LongBench-E files, and the project's own demo_qa."""
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, TypeVar
 
-from experiments.longbench_qa.sources import Provenance, read_data
+from experiments.longbench_qa.demo.files import FILES, demo_file
+from experiments.longbench_qa.sources import Content, Provenance, read_data
 
 T = TypeVar("T")
 
@@ -49,11 +49,15 @@ LONGBENCH_E = (
     "repobench-p_e",
 )
 DEMO = "demo_qa"
+DEMO_SETS = tuple(FILES)  # of 512, 1024, 2048 and 4096 tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample. `length` is the data set's own figure (words, or characters in Chinese), not tokens."""
+    """One sample. `length` is the data set's own figure (words, or characters in Chinese), not tokens.
+
+    answer_span: [start, end) in characters of the context, where a data set says where its answer stands.
+    """
 
     id: str
     input: str
@@ -63,18 +67,21 @@ class Row:
     dataset: str
     language: str
     all_classes: list[str] | None
+    answer_span: tuple[int, int] | None = None
 
 
 def base_name(dataset: str) -> str:
-    """The data set whose prompt and metric `dataset` uses: `hotpotqa_e` -> `hotpotqa`.
+    """The data set whose prompt and metric `dataset` uses: `hotpotqa_e` -> `hotpotqa`, `demo_qa_512` -> `demo_qa`.
 
     Raises ValueError for a name that is no known data set.
     """
     if dataset in LONGBENCH_E:
         return dataset.removesuffix("_e")
-    if dataset in LONGBENCH or dataset == DEMO:
+    if dataset in LONGBENCH:
         return dataset
-    known = ", ".join([DEMO, *LONGBENCH, *LONGBENCH_E])
+    if dataset in DEMO_SETS:
+        return DEMO
+    known = ", ".join([*DEMO_SETS, *LONGBENCH, *LONGBENCH_E])
     raise ValueError(f"unknown data set {dataset!r}; known: {known}")
 
 
@@ -83,31 +90,25 @@ def load_data(
 ) -> tuple[list[Row], Provenance]:
     """The first `max_samples` rows (None: all) of `dataset`, in file order, and where they come from.
 
-    `demo_qa` is generated. Any other set is in LongBench's own format: `DATASET.jsonl` in the folder `data_dir`, or
-    (None) in the authors' data.zip, downloaded once into `cache_dir`. The sha256 is that of the whole file (demo_qa:
-    of its rows as canonical JSON), however many rows are asked for; rows after the last of these are not checked.
+    A demo set is generated once into `cache_dir`. Any other is in LongBench's own format: `DATASET.jsonl` in the folder
+    `data_dir`, or (None) in the authors' data.zip, downloaded once into `cache_dir`. The sha256 is that of the whole
+    file, however many rows are asked for; rows after the last of these are not checked.
     Raises ValueError, with file and line number where there is one, for what is missing or malformed.
     """
     base_name(dataset)
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; allowed: an integer >= 1, or null for all rows")
-    if dataset == DEMO:
-        return _demo(max_samples)
-    content = read_data(dataset, data_dir, cache_dir)
+    if dataset in DEMO_SETS:
+        file = demo_file(dataset, cache_dir)
+        content = Content(file.read_bytes(), str(file), Provenance("builtin", FILES[dataset][1]))
+    else:
+        content = read_data(dataset, data_dir, cache_dir)
     return _parse_lines(content.raw, content.where, max_samples), content.provenance
 
 
 def load_rows(dataset: str, data_dir: str | None, max_samples: int | None, cache_dir: str | None = None) -> list[Row]:
     """`load_data` without the provenance."""
     return load_data(dataset, data_dir, max_samples, cache_dir)[0]
-
-
-def _demo(max_samples: int | None) -> tuple[list[Row], Provenance]:
-    from experiments.longbench_qa.demo_data import demo_rows  # here: demo_data itself needs Row
-
-    rows = demo_rows()
-    canonical = json.dumps([asdict(row) for row in rows], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return rows[:max_samples], Provenance("builtin", hashlib.sha256(canonical.encode()).hexdigest())
 
 
 def _parse_lines(content: bytes, file: str, max_samples: int | None) -> list[Row]:
@@ -148,6 +149,7 @@ def _parse_line(line: bytes, where: str) -> Row:
         dataset=_field(fields, "dataset", str, where),
         language=_field(fields, "language", str, where),
         all_classes=None if fields.get("all_classes", "") is None else _texts(fields, "all_classes", where),
+        answer_span=_span(fields, where),
     )
 
 
@@ -165,3 +167,18 @@ def _texts(fields: dict[str, Any], key: str, where: str) -> list[str]:
     if not texts or any(type(text) is not str for text in texts):
         raise ValueError(f"{where}: {key!r} must be a list of one or more strings, got {texts!r}")
     return texts
+
+
+def _span(fields: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Of a row that says where its answer stands; LongBench's do not."""
+    span = fields.get("answer_span")
+    if span is None:
+        return None
+    if type(span) is not list or [type(edge) for edge in span] != [int, int]:
+        raise ValueError(f"{where}: 'answer_span' must be a list of two integers, got {span!r}")
+    start, end = span
+    if not 0 <= start < end <= len(fields["context"]):
+        raise ValueError(
+            f"{where}: 'answer_span' {span} is not inside the context's {len(fields['context'])} characters"
+        )
+    return start, end

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cab_attention import EvictingCache
+from cab_attention import EvictingCache, SharedPrefill
 
 
 class GreedyDecoder:
-    """Feeds tokens to a model through one evicting cache and picks the next ones."""
+    """Feeds tokens to a model through one cache and picks the next ones."""
 
-    def __init__(self, model: PreTrainedModel, cache: EvictingCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache | SharedPrefill) -> None:
         self.model = model
         self.cache = cache
 

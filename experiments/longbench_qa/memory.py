@@ -1,5 +1,6 @@
 """Time and memory: what a forward took, what is free, and what eager attention would need."""
 
+import gc
 import time
 from pathlib import Path
 
@@ -17,6 +18,12 @@ class MemoryMeter:
         self.device = device if device.type == "cuda" else None
         self.weights_bytes = torch.cuda.memory_allocated(self.device) if self.device else None
 
+    def held_beside(self, own_bytes: int) -> int:
+        """Bytes in use that are neither the weights' nor among `own_bytes`; 0 where there is no GPU."""
+        if self.weights_bytes is None:
+            return 0
+        return max(0, torch.cuda.memory_allocated(self.device) - self.weights_bytes - own_bytes)
+
     def start(self) -> float:
         """Begin a stretch; returns what `stop` wants."""
         if self.device:
@@ -32,6 +39,13 @@ class MemoryMeter:
         if self.weights_bytes is None:
             return elapsed_ms, None
         return elapsed_ms, torch.cuda.max_memory_allocated(self.device) - self.weights_bytes
+
+
+def free_memory() -> None:
+    """Let go of what nothing refers to any more, also in PyTorch's own store of GPU memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

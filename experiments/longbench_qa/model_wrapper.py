@@ -1,43 +1,43 @@
 """A model that answers prompts with an evicting cache, and says what that took."""
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
-from cab_attention import H2O, EvictingCache, Method
-from experiments.longbench_qa.answer_kept import answer_tokens, share_kept
+from cab_attention import H2O, EvictingCache, Method, SharedPrefill
+from experiments.longbench_qa.answer_kept import answer_tokens
 from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.encoding import chat_frame, encode_prompt
-from experiments.longbench_qa.greedy import GreedyDecoder, stop_ids
-from experiments.longbench_qa.memory import MemoryMeter, refuse_eager_that_cannot_fit
+from experiments.longbench_qa.generation import Generation, Task
+from experiments.longbench_qa.greedy import stop_ids
+from experiments.longbench_qa.memory import MemoryMeter, free_memory, refuse_eager_that_cannot_fit
 from experiments.longbench_qa.models import LoadedModel, load
 from experiments.longbench_qa.prompts import FilledPrompt
 
 
-@dataclass(frozen=True)
-class Generation:
-    """An answer and its cost. Peaks are over the weights; None where there is no GPU to measure them on."""
+class Options(TypedDict, total=False):
+    """How to answer a prompt, beside the method.
 
-    text: str
-    prompt_tokens: int
-    generated_tokens: int
-    truncated: bool
-    compressed_tokens: int  # prompt tokens seen when the cache was cut
-    budget_tokens: int  # what the budget came to
-    kept_tokens: float  # right after the prompt, mean over layers and KV heads
-    answer_kept: float | None  # share of the answer's tokens in the context that survived; None if it has none
-    effective: dict[str, int]  # the method's window and sinks at this budget
-    cache_bytes: int  # K and V right after the prompt
-    bookkeeping_bytes: int  # positions and scores
-    prefill_ms: float
-    decode_ms_per_token: float | None  # None if the first token ended the answer
-    weights_bytes: int | None
-    prefill_peak_bytes: int | None
-    decode_peak_bytes: int | None
-    total_peak_bytes: int | None
+    compress: cut after the prompt (`after_prompt`) or after its context (`after_context`: what follows the context is
+        kept and comes on top of the budget).
+    sample_id: seeds methods that draw.
+    answers: references, to look for in the context (`answer_kept`), unless
+    answer_span: says in which of the context's characters the answer stands.
+    on_compressed: called with a method's cache when the prompt is through.
+    """
+
+    max_new_tokens: Required[int]
+    compress: str  # default: after_prompt
+    chat_template: bool  # default: true
+    stop_at_newline: bool  # default: false
+    sample_id: str
+    answers: Sequence[str]
+    answer_span: tuple[int, int] | None
+    on_compressed: Callable[[EvictingCache], None]
 
 
 class ModelWrapper:
@@ -105,91 +105,90 @@ class ModelWrapper:
         return self.config.max_length
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompt: FilledPrompt | str,
-        method: Method,
-        *,
-        max_new_tokens: int,
-        compress: str = "after_prompt",
-        chat_template: bool = True,
-        stop_at_newline: bool = False,
-        sample_id: str = "",
-        answers: Sequence[str] = (),
-        on_compressed: Callable[[EvictingCache], None] | None = None,
-    ) -> Generation:
+    def generate(self, prompt: FilledPrompt | str, method: Method, **options: Unpack[Options]) -> Generation:
         """Answer greedily: the argmax of the logits and nothing else.
 
         Args:
             prompt: text; filled from a template where `compress` needs to know the context's end.
-            method: what to keep of the prompt (`after_prompt`) or of its context (`after_context`: what follows the
-                context is kept and comes on top of the budget).
-            sample_id: seeds methods that draw.
-            answers: references, to look for in the context (`answer_kept`).
-            on_compressed: called with the cache when the prompt is through.
+            method: what to keep of the prompt or of its context.
+            options: as `Options` says.
 
         Raises:
             ValueError: the prompt does not fit. MemoryError: eager attention would not. FloatingPointError: the logits
             are not numbers. RuntimeError: the model did not use the cache.
         """
+        task, meter = self._task(prompt, options), MemoryMeter(self.loaded.model.device)
+        cache = task.new_cache(method)
+        started = meter.start()
+        next_token = task.feed_rest(cache, task.feed_to_cut(cache))
+        prefill = meter.stop(started)
+        if "on_compressed" in options:
+            options["on_compressed"](cache)
+        return task.answer(cache, next_token, meter, prefill)
+
+    def generate_each(
+        self, prompt: FilledPrompt | str, methods: Sequence[Method], **options: Unpack[Options]
+    ) -> list[Generation | Exception]:
+        """`generate` for each method, from one prefill: in the methods' order their answers, or what each raised.
+
+        The answers are those of `generate`. Where the shared prefill raises, which may be one method's fault alone,
+        each method gets its own.
+        """
+        if len(methods) > 1:
+            try:
+                return self._generate_together(prompt, methods, options)
+            except Exception as error:
+                print(f"no shared prefill for {options.get('sample_id', 'this prompt')}: {error}", file=sys.stderr)
+            free_memory()  # only now, with the traceback gone, is nothing of the failed forward held any more
+        return [_caught(partial(self.generate, prompt, method, **options)) for method in methods]
+
+    @torch.inference_mode()
+    def _generate_together(
+        self, prompt: FilledPrompt | str, methods: Sequence[Method], options: Options
+    ) -> list[Generation | Exception]:
+        task, meter = self._task(prompt, options), MemoryMeter(self.loaded.model.device)
+        caches = [task.new_cache(method) for method in methods]
+        next_token = task.feed_to_cut(SharedPrefill(caches))
+
+        def go_on() -> Generation:
+            cache = caches.pop(0)  # so that it is freed when it has answered
+            own_token = task.feed_rest(cache, next_token)
+            if "on_compressed" in options:
+                options["on_compressed"](cache)
+            return task.answer(cache, own_token, meter, prefill=None)
+
+        return [_caught(go_on) for _ in methods]
+
+    def _task(self, prompt: FilledPrompt | str, options: Options) -> Task:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        max_new_tokens, after_context = options["max_new_tokens"], options.get("compress") == "after_context"
         if isinstance(prompt, str):
-            if compress == "after_context":
+            if after_context:
                 raise ValueError("compress='after_context' needs a filled prompt that says where its context ends")
             prompt = FilledPrompt(prompt, 0, len(prompt))
-        encoded = encode_prompt(tokenizer, prompt, self.max_length - max_new_tokens, chat_template)
+        encoded = encode_prompt(tokenizer, prompt, self.max_length - max_new_tokens, options.get("chat_template", True))
         n_prompt = len(encoded.ids)
-        compress_at = encoded.context_end if compress == "after_context" else n_prompt
+        compress_at = encoded.context_end if after_context else n_prompt
         if self.eager:
             for first, last in ((0, compress_at), (compress_at, n_prompt)):
                 refuse_eager_that_cannot_fit(model, last - first, last)
-        cache = EvictingCache(
-            model.config, method, prompt_tokens=n_prompt, compress_at=compress_at, sample_ids=sample_id
+        return Task(
+            model=model,
+            tokenizer=tokenizer,
+            encoded=encoded,
+            compress_at=compress_at,
+            max_new_tokens=max_new_tokens,
+            stop_at_newline=options.get("stop_at_newline", False),
+            sample_id=options.get("sample_id", ""),
+            answer_tokens=answer_tokens(encoded, options.get("answers", ()), options.get("answer_span")),
         )
-        stops = stop_ids(model, tokenizer, stop_at_newline)
-        decoder, meter = GreedyDecoder(model, cache), MemoryMeter(model.device)
 
-        ids = torch.tensor([encoded.ids], device=model.device)
-        started = meter.start()
-        if compress_at < n_prompt:
-            decoder.step(ids[:, :compress_at])
-            ids = ids[:, compress_at:]
-        # LongBench's authors let an answer that stops at a newline have at least one token.
-        token, ids = decoder.step(ids, forbidden=stops if stop_at_newline else frozenset())
-        answer = [token]
-        prefill_ms, prefill_peak = meter.stop(started)
-        if on_compressed is not None:
-            on_compressed(cache)
-        answer_kept = share_kept(answer_tokens(encoded, answers), [layer.positions for layer in cache.layers])
-        kept = torch.stack([(layer.positions >= 0).sum(-1).double().mean() for layer in cache.layers]).mean().item()
-        cache_bytes, bookkeeping_bytes = cache.cache_bytes, cache.bookkeeping_bytes
 
-        started = meter.start()
-        while len(answer) < max_new_tokens and answer[-1] not in stops:
-            token, ids = decoder.step(ids)
-            answer.append(token)
-        decode_ms, decode_peak = meter.stop(started)
-        cache.check_saw(n_prompt + len(answer) - 1)
-
-        budget_tokens = method.parsed_budget.tokens(compress_at)
-        peaks = [peak for peak in (prefill_peak, decode_peak) if peak is not None]
-        text = tokenizer.decode(answer[:-1] if answer[-1] in stops else answer, skip_special_tokens=True)
-        return Generation(
-            text=text,
-            prompt_tokens=n_prompt,
-            generated_tokens=len(answer),
-            truncated=encoded.truncated,
-            compressed_tokens=compress_at,
-            budget_tokens=budget_tokens,
-            kept_tokens=kept,
-            answer_kept=answer_kept,
-            effective=method.effective(budget_tokens),
-            cache_bytes=cache_bytes,
-            bookkeeping_bytes=bookkeeping_bytes,
-            prefill_ms=prefill_ms,
-            decode_ms_per_token=decode_ms / (len(answer) - 1) if len(answer) > 1 else None,
-            weights_bytes=meter.weights_bytes,
-            prefill_peak_bytes=prefill_peak,
-            decode_peak_bytes=decode_peak,
-            total_peak_bytes=meter.weights_bytes + max(peaks) if meter.weights_bytes is not None else None,
-        )
+def _caught(answer: Callable[[], Generation]) -> Generation | Exception:
+    try:
+        return answer()
+    except Exception as error:
+        failure = error.with_traceback(None)  # the traceback would hold the failed forward's memory
+        failure.__cause__ = failure.__context__ = None
+    free_memory()
+    return failure

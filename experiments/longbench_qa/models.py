@@ -1,6 +1,7 @@
-"""Where models and tokenizers come from: the built-in tiny one, named shapes with random weights, or a checkpoint."""
+"""Where models and tokenizers come from: the built-in ones, named shapes with random weights, or a checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cab_attention import load_model_with_attention
 from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.shapes import SHAPES, TINY
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class LoadedModel:
 def load(config: ModelConfig) -> LoadedModel:
     """Load what the config names, with attention `cab`. Raises ValueError for what cannot be found."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.kind == "demo":
+        # The weights are stored in bfloat16; on a CPU float32 is twice as fast.
+        return _from_checkpoint(replace(config, path=str(DEMO_MODEL), dtype=config.dtype or "float32"), device)
     if config.kind == "tiny":
         # Made on the CPU, whose random numbers are the same everywhere: one tiny model for all machines.
         model = _from_shape(TINY, config.dtype or "float32", "cpu", seed=0).to(device)

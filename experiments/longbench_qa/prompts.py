@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.longbench_qa.data import DEMO, base_name
+from experiments.longbench_qa.data import DEMO_SETS, base_name
 from experiments.longbench_qa.sources import OFFICIAL_PROMPTS, Provenance, cached
 
 MODES = ("official", "file", "builtin")
 CONTEXT = "{context}"
 INPUT = "{input}"
-DEMO_TEMPLATE = (
-    "Here are some notes about a village.\n\n{context}\n\n"
-    "Reply with a few words from the notes and nothing else.\n\nQuestion: {input}\nAnswer:"
-)
+DEMO_TEMPLATE = "{context}\n{input}"  # the input ends where the answer begins
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def fill_template(template: str, context: str, question: str) -> FilledPrompt:
 
 
 def _mode(dataset: str, prompts: str | None, prompts_file: str | None) -> str:
-    own = dataset == DEMO
+    own = dataset in DEMO_SETS
     if prompts is None:  # a prompts_file may be given for a sweep that has demo_qa beside others
         return "builtin" if own else "official" if prompts_file is None else "file"
     if prompts not in MODES:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-FORMAT = 1  # of the three files; a folder of another format is refused, not converted
+FORMAT = 2  # of the three files; a folder of another format is refused, not converted
 SAMPLE_KEYS = {"id", "prediction", "answers", "score", "error"}
 
 

@@ -28,7 +28,8 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
     """One line a complete cell, in the order they ran; below, what is incomplete and why.
 
     A cell that ran twice is listed once. Kept tokens and cache are right after the prompt, per layer and KV head and
-    for K and V of all layers; times are means over samples, the peak is over the weights.
+    for K and V of all layers; times are means over samples, the peak is over the weights. A prefill that cells shared
+    is no cell's own: its time and the peak are left out.
     """
     table = Table(title="LongBench QA")
     for column in COLUMNS:
@@ -52,7 +53,7 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
             _number(cache / MIB if cache is not None else None, 3),
             _number(metrics["mean_prefill_ms"], 1),
             _number(metrics["mean_decode_ms_per_token"], 2),
-            _number(max(p for p in peaks if p is not None) / MIB if any(peaks) else None, 1),
+            _number(max(peaks) / MIB if None not in peaks else None, 1),
         )
     console = Console()
     if not console.is_terminal:  # a log file has no width

@@ -33,7 +33,8 @@ class Tracker:
             mode=cell.wandb.mode,  # type: ignore[arg-type]
             dir=str(cell.folder),
             config=cell.identity() | {"budget": str(cell.method.parsed_budget), "seed": cell.seed},
-            settings=wandb.Settings(console="off", silent=True, init_timeout=PATIENCE_S),
+            # Cells that share their prefills have their runs open side by side.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=PATIENCE_S, reinit="create_new"),
         )
 
     def log_sample(self, n: int, values: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from experiments.longbench_qa.answer_kept import answer_tokens, share_kept
+from experiments.longbench_qa.answer_kept import answer_tokens, shares_kept
 from experiments.longbench_qa.encoding import encode_prompt
 from experiments.longbench_qa.models import byte_tokenizer
 from experiments.longbench_qa.prompts import fill_template
@@ -36,7 +36,16 @@ def test_all_occurrences_in_the_context_and_no_others(context: str, answers: lis
     assert found(context, answers) == expected
 
 
-def test_share_kept_is_the_mean_over_layers_and_heads():
-    layers = [torch.tensor([[[-1, 2, 3], [0, 1, 9]]]), torch.tensor([[[2, 3, 4], [2, 7, 8]]])]
-    assert share_kept([2, 3], layers) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
-    assert share_kept([], layers) is None
+def test_a_place_that_is_given_is_the_only_one():
+    tokenizer = byte_tokenizer()
+    filled = fill_template("Read: {context} {input}", "Paris or Paris", "Paris?")
+    encoded = encode_prompt(tokenizer, filled, 1000, chat_template=False)
+    assert answer_tokens(encoded, ["Paris"], (9, 14)) == list(range(15, 20))
+    cut = encode_prompt(tokenizer, filled, 20, chat_template=False)  # where it stands now is not known
+    assert answer_tokens(cut, ["Paris"], (9, 14)) == answer_tokens(cut, ["Paris"])
+
+
+def test_shares_kept_by_layer_and_head():
+    layers = [torch.tensor([[[-1, 2, 3], [0, 1, 9]]]), torch.tensor([[[2, 3, 4, 5], [2, 7, 8, 9]]])]
+    assert shares_kept([2, 3], layers) == [[1, 0], [1, 0.5]]
+    assert shares_kept([], layers) is None

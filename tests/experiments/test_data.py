@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, Row, base_name, load_data, load_rows
+from experiments.longbench_qa.data import DEMO, DEMO_SETS, LONGBENCH, LONGBENCH_E, Row, base_name, load_data, load_rows
+from experiments.longbench_qa.demo.files import FILES
 from experiments.longbench_qa.sources import Provenance
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -49,12 +50,12 @@ def test_names() -> None:
     assert len(LONGBENCH) == len(set(LONGBENCH)) == 21
     assert len(LONGBENCH_E) == len(set(LONGBENCH_E)) == 13
     assert {base_name(name) for name in LONGBENCH_E} < set(LONGBENCH)
-    assert base_name(DEMO) == DEMO
+    assert {base_name(name) for name in DEMO_SETS} == {DEMO}
 
 
 @pytest.mark.parametrize("name", ["hotpot", "narrativeqa_e", "demo_qa_e", "qasper_e_e", ""])
 def test_unknown_name(name: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown data set .*; known: demo_qa, narrativeqa"):
+    with pytest.raises(ValueError, match=r"unknown data set .*; known: demo_qa_512, demo_qa, .*, narrativeqa"):
         load_rows(name, None, None)
 
 
@@ -81,8 +82,10 @@ def test_max_samples(max_samples: int) -> None:
 
 
 def test_demo_needs_no_data_dir() -> None:
-    assert len(load_rows(DEMO, None, None)) == 20
-    assert [row.id for row in load_rows(DEMO, None, 2)] == ["demo-000", "demo-001"]
+    rows = load_rows(DEMO, None, None)
+    assert len(rows) == 1200 and {row.dataset for row in rows} == {DEMO}
+    assert [row.id for row in load_rows(DEMO, None, 2)] == ["one_fact_early-1024-000", "one_fact_middle-1024-000"]
+    assert all(row.context[slice(*row.answer_span)] == row.answers[0] for row in rows if row.answer_span)
 
 
 def test_where_the_file_should_be(tmp_path: Path) -> None:
@@ -107,6 +110,10 @@ def test_where_the_file_should_be(tmp_path: Path) -> None:
         (line(answers=["Ines", None]), "'answers' must be a list of one or more strings"),
         (line(all_classes=[1]), "'all_classes' must be a list of one or more strings"),
         (line(), "_id 'a1' was already used in line 1"),
+        (line(answer_span=[0, "1"]), "'answer_span' must be a list of two integers"),
+        (line(answer_span=[0]), "'answer_span' must be a list of two integers"),
+        (line(answer_span=[2, 2]), r"'answer_span' \[2, 2\] is not inside the context's"),
+        (line(answer_span=[0, 9999]), r"'answer_span' \[0, 9999\] is not inside the context's"),
     ],
 )
 def test_bad_line(tmp_path: Path, bad: str, message: str) -> None:
@@ -135,9 +142,7 @@ def test_where_rows_come_from(tmp_path: Path) -> None:
 def test_where_the_demo_comes_from() -> None:
     rows, provenance = load_data(DEMO, None, 2)
     assert len(rows) == 2
-    every = [vars(row) for row in load_rows(DEMO, None, None)]
-    canonical = json.dumps(every, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    assert provenance == Provenance("builtin", sha256(canonical.encode()))
+    assert provenance == Provenance("builtin", FILES[DEMO][1])
 
 
 def test_empty_file(tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_real_rows(longbench: Path) -> None:
         assert {row.dataset for row in rows} == {file.stem}
 
 
-@pytest.mark.parametrize("name", [*LONGBENCH, *LONGBENCH_E, DEMO])
+@pytest.mark.parametrize("name", [*LONGBENCH, *LONGBENCH_E, *DEMO_SETS])
 def test_config(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         dataset = compose(f"dataset/{name}").dataset
@@ -163,7 +168,7 @@ def test_config(name: str) -> None:
     assert dataset.name == name
     assert dataset.chat_template is (base not in NO_CHAT_TEMPLATE)
     assert dataset.stop_at_newline is (base == "samsum")
-    assert dataset.max_new_tokens >= 16
+    assert dataset.max_new_tokens >= (12 if base == DEMO else 16)
 
 
 def test_config_lengths_are_the_authors(longbench: Path) -> None:
@@ -174,4 +179,4 @@ def test_config_lengths_are_the_authors(longbench: Path) -> None:
 
 
 def test_one_config_a_set() -> None:
-    assert {file.stem for file in (CONF / "dataset").glob("*.yaml")} == {*LONGBENCH, *LONGBENCH_E, DEMO}
+    assert {file.stem for file in (CONF / "dataset").glob("*.yaml")} == {*LONGBENCH, *LONGBENCH_E, *DEMO_SETS}

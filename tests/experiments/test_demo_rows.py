@@ -8,9 +8,9 @@ from experiments.longbench_qa.demo.rows import (
     PASSAGES,
     SEED,
     SENTENCES,
-    demo_tokenizer,
     evaluation_rows,
 )
+from experiments.longbench_qa.demo.tokenizer import demo_tokenizer
 from experiments.longbench_qa.demo.words import BOS
 
 

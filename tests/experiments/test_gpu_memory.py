@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cab_attention import H2O, Full, SnapKV
 from experiments.longbench_qa import model_wrapper
-from experiments.longbench_qa.cell import run_cell
+from experiments.longbench_qa.cell import run_cell, run_cells
 from experiments.longbench_qa.config import DatasetConfig, ModelConfig
 from experiments.longbench_qa.model_wrapper import ModelWrapper
 from tests.experiments.cells import demo_cell, recorded
@@ -74,3 +75,28 @@ def test_peaks_are_over_the_weights_and_eager_needs_more(uneven_rows: Path):
         assert 0 < sample["decode_peak_bytes"] <= sample["prefill_peak_bytes"]
         assert sample["total_peak_bytes"] == sample["weights_bytes"] + sample["prefill_peak_bytes"]
     assert eager[1]["prefill_peak_bytes"] > 2 * ours[1]["prefill_peak_bytes"]
+
+
+def test_the_decode_peaks_of_a_shared_prefill_leave_the_other_caches_out(uneven_rows: Path):
+    model = ModelWrapper(MODEL)
+    shared, alone = (
+        [
+            demo_cell(
+                uneven_rows / name,
+                model=MODEL,
+                method=method,
+                dataset=DatasetConfig(name="hotpotqa", max_new_tokens=4),
+                data_dir=str(uneven_rows),
+                prompts_file=str(uneven_rows / "prompts.json"),
+            )
+            for method in (Full(), H2O(64), SnapKV(256), H2O(0.5))
+        ]
+        for name in ("shared", "alone")
+    )
+    run_cells(shared, model)
+    for cell, separate in zip(shared, alone, strict=True):
+        run_cell(separate, model)
+        for sample, expected in zip(recorded(cell), recorded(separate), strict=True):
+            assert sample["prediction"] == expected["prediction"]
+            assert sample["prefill_peak_bytes"] is sample["total_peak_bytes"] is None
+            assert abs(sample["decode_peak_bytes"] - expected["decode_peak_bytes"]) <= 2**20

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 RUNNER = Path(__file__).resolve().parents[2] / "experiments" / "longbench_qa" / "runner.py"
-CELL = Path("tiny,max_length=600") / "cab" / "b48" / "demo_qa"
-COMMAND = ["method=cab", "budget=48", "model.max_length=600", "wandb.mode=disabled"]
+CELL = Path("demo,max_length=600") / "cab" / "b48" / "demo_qa"
+COMMAND = ["method=cab", "budget=48", "model.max_length=600", "max_samples=20", "wandb.mode=disabled"]
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +88,27 @@ def test_a_signal_closes_the_records_and_says_how_to_go_on(tmp_path: Path, numbe
     assert "the same command" in errors
     metrics = json.loads((tmp_path / CELL / "metrics.json").read_text())
     assert (metrics["n"], metrics["status"]) == (done, "incomplete")
+
+
+def test_a_signal_closes_every_cell_of_a_group(tmp_path: Path, undisturbed: list[tuple]):
+    """The cells share their prefills; none of them loses a sample, and the same command goes on with all."""
+    sweep = ("hydra.mode=MULTIRUN", "budget=48,64,96")
+    process = start(tmp_path, *sweep)
+    wait_for(lambda: len(lines(tmp_path)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    folders = [path.parent for path in tmp_path.rglob("predictions.jsonl")]
+    assert len(folders) == 3
+    for folder in folders:
+        done = len((folder / "predictions.jsonl").read_text().splitlines())
+        assert f"interrupted: {done} of 20 samples of {folder}" in errors
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert (metrics["n"], metrics["status"]) == (done, "incomplete")
+    assert start(tmp_path, *sweep).wait(timeout=240) == 0
+    for folder in folders:
+        assert json.loads((folder / "metrics.json").read_text())["status"] == "complete"
+    assert results(tmp_path) == undisturbed
 
 
 def test_a_signal_is_heard_while_a_computation_holds_the_main_thread(tmp_path: Path):

@@ -3,7 +3,7 @@ import torch
 
 from cab_attention import H2O, EvictingCache, Full, Random, SnapKV, StreamingLLM
 from experiments.longbench_qa.config import ModelConfig
-from experiments.longbench_qa.demo_data import demo_rows
+from experiments.longbench_qa.data import load_rows
 from experiments.longbench_qa.model_wrapper import Generation, ModelWrapper
 from experiments.longbench_qa.models import LoadedModel, byte_tokenizer
 from experiments.longbench_qa.prompts import FilledPrompt, fill_template, load_template
@@ -18,7 +18,7 @@ def wrapper() -> ModelWrapper:
 
 @pytest.fixture(scope="module")
 def filled() -> FilledPrompt:
-    row = demo_rows()[0]
+    row = load_rows("demo_qa_512", None, 1)[0]
     return fill_template(load_template("demo_qa", None), row.context, row.input)
 
 
@@ -90,7 +90,7 @@ def test_cost_is_recorded(wrapper: ModelWrapper, filled: FilledPrompt):
 
 
 def test_answer_kept():
-    wrapper, row = ModelWrapper(ModelConfig(name="tiny", kind="tiny")).load(), demo_rows()[0]
+    wrapper, row = ModelWrapper(ModelConfig(name="tiny", kind="tiny")).load(), load_rows("demo_qa_512", None, 1)[0]
     prompt = fill_template(load_template("demo_qa", None), row.context, row.input)
     options = {"answers": row.answers, "max_new_tokens": 1}
     assert answer(wrapper, prompt, Full(), **options)[0].answer_kept == 1

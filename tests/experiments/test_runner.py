@@ -19,7 +19,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
 def test_a_sweep_shares_the_model_and_survives_a_failing_cell(tmp_path: Path):
     done = run(tmp_path, "-m", "method=full,snapkv", "budget=32,0,0.25", "max_samples=2")
     cells = sorted(str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("metrics.json"))
-    model = "tiny,max_length=300"
+    model = "demo,max_length=300"
     assert cells == [
         f"{model}/full/bfull/demo_qa",
         f"{model}/snapkv/b0.25/demo_qa",
@@ -33,6 +33,30 @@ def test_a_sweep_shares_the_model_and_survives_a_failing_cell(tmp_path: Path):
         assert (metrics["n"], metrics["status"]) == (2, "complete")
         assert list((tmp_path / "out" / cell / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in tmp_path.iterdir()} == {"out", "multirun.yaml"}
+
+
+def test_cells_of_a_sweep_share_their_prefills_whatever_runs_them(tmp_path: Path):
+    """The records are those of cells run one by one, and the summary keeps the order asked for."""
+    sweep = ["-m", "compress=after_prompt,after_context", "method=full,snapkv,cab", "budget=32,bad", "max_samples=2"]
+    found, tables = {}, {}
+    for name, override in (("shared", "seed=0"), ("alone", "share_prefill=false"), ("basic", "hydra/launcher=basic")):
+        (tmp_path / name).mkdir()
+        done = run(tmp_path / name, *sweep, "wandb.mode=disabled", override)
+        assert done.returncode == 1
+        assert done.stderr.count("failed: budget='bad' is not a budget") == 6
+        tables[name] = [line.split("│")[2:5] for line in done.stdout.splitlines() if line.startswith("│")]
+        for path in sorted(tmp_path.glob(f"{name}/out/**/predictions.jsonl")):
+            samples = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [sample.pop("prefill_shared") for sample in samples] == [name == "shared"] * 2
+            for sample in samples:
+                assert (sample.pop("prefill_ms") is None) == (name == "shared")
+                del sample["decode_ms_per_token"]
+            found.setdefault(str(path.relative_to(tmp_path / name)), []).append(samples)
+    assert len(found) == 6
+    for shared, alone, basic in found.values():
+        assert shared == alone == basic
+    assert tables["shared"] == tables["alone"] == tables["basic"]
+    assert [row[0].strip() for row in tables["shared"]] == ["full", "snapkv", "cab"] * 2
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path):

@@ -1,24 +1,24 @@
-"""demo_qa as text: rows in LongBench's format from the language's token ids, and the tokenizer that reads them back."""
+"""demo_qa as text: rows in LongBench's format."""
 
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from experiments.longbench_qa.demo.files import FILES
 from experiments.longbench_qa.demo.language import HEADER, SENTENCE, Contexts
-from experiments.longbench_qa.demo.words import BOS, ID, WORDS
+from experiments.longbench_qa.demo.words import WORDS
 
 SEED = 20240229
 SENTENCES = 8  # of a passage
 PASSAGES = {512: 7, 1024: 14, 2048: 30, 4096: 60}  # of a prompt of about so many tokens
 DEPTHS = {"one_fact_early": (0, 1 / 3), "one_fact_middle": (1 / 3, 2 / 3), "one_fact_late": (2 / 3, 1)}
 EVALUATED = (*DEPTHS, "two_hop", "list", "passage")
+ROWS = 200  # of a family and length
 NO_SPACE_BEFORE = {"'s", ".", "?", ":", ","}
 
 
-def evaluation_rows(family: str, length: int, first: int = 0, count: int = 200) -> list[dict[str, Any]]:
+def evaluation_rows(family: str, length: int, first: int = 0, count: int = ROWS) -> list[dict[str, Any]]:
     """Held-out rows `first` to `first + count - 1` of a family, at about `length` tokens a prompt.
 
     LongBench's keys, and `answer_span`: [start, end) characters of the answer in the context; `evidence_spans`: those
@@ -52,7 +52,7 @@ def evaluation_rows(family: str, length: int, first: int = 0, count: int = 200) 
                 "context": context,
                 "answers": [answer],
                 "length": len(context.split()),
-                "dataset": "demo_qa",
+                "dataset": next(name for name, (tokens, _) in FILES.items() if tokens == length),
                 "language": "en",
                 "all_classes": None,
                 "_id": f"{family}-{length}-{number:03d}",
@@ -61,17 +61,6 @@ def evaluation_rows(family: str, length: int, first: int = 0, count: int = 200) 
             }
         )
     return rows
-
-
-def demo_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, "'s" and punctuation apart; it puts <bos> first."""
-    tokenizer = Tokenizer(models.WordLevel(vocab=ID, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"'s|[A-Za-z0-9]+|[^\sA-Za-z0-9]"), "removed", invert=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer.decoder = decoders.WordPiece()  # spaces between words, none before "." and "'s"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def _words(ids: Tensor) -> list[str]:

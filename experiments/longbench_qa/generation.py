@@ -1,0 +1,146 @@
+"""A prompt on its way to an answer: fed to a cache, decoded greedily, and described with what that took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cab_attention import EvictingCache, Method, SharedPrefill
+from experiments.longbench_qa.answer_kept import shares_kept
+from experiments.longbench_qa.encoding import EncodedPrompt
+from experiments.longbench_qa.greedy import GreedyDecoder, stop_ids
+from experiments.longbench_qa.memory import MemoryMeter
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and its cost. Peaks are over the weights; None where there is no GPU to measure them on.
+
+    Where several methods shared a prefill, its time and peak are nobody's own: `prefill_ms`, `prefill_peak_bytes` and
+    `total_peak_bytes` are None, and the decode peak leaves the other methods' caches out.
+    """
+
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    truncated: bool
+    compressed_tokens: int  # prompt tokens seen when the cache was cut
+    budget_tokens: int  # what the budget came to
+    kept_tokens: float  # right after the prompt, mean over layers and KV heads
+    answer_kept: float | None  # share of the answer's tokens in the context that survived; None if it has none
+    answer_kept_heads: list[list[float]] | None  # the same by layer and KV head
+    effective: dict[str, int]  # the method's window and sinks at this budget
+    cache_bytes: int  # K and V right after the prompt
+    bookkeeping_bytes: int  # positions and scores
+    prefill_shared: bool  # with other methods
+    prefill_ms: float | None
+    decode_ms_per_token: float | None  # None if the first token ended the answer
+    weights_bytes: int | None
+    prefill_peak_bytes: int | None
+    decode_peak_bytes: int | None
+    total_peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """An encoded prompt and how to answer it: the same for every method that does."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    encoded: EncodedPrompt
+    compress_at: int  # in tokens
+    max_new_tokens: int
+    stop_at_newline: bool
+    sample_id: str
+    answer_tokens: Sequence[int]  # indices of the prompt's tokens that are the answer's
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return stop_ids(self.model, self.tokenizer, self.stop_at_newline)
+
+    def new_cache(self, method: Method) -> EvictingCache:
+        """An empty cache for the prompt."""
+        return EvictingCache(
+            self.model.config,
+            method,
+            prompt_tokens=len(self.encoded.ids),
+            compress_at=self.compress_at,
+            sample_ids=self.sample_id,
+        )
+
+    def feed_to_cut(self, cache: EvictingCache | SharedPrefill) -> tuple[int, Tensor]:
+        """Feed the prompt as far as it is compressed; returns what `GreedyDecoder.step` does."""
+        return self._feed(cache, 0, self.compress_at)
+
+    def feed_rest(self, cache: EvictingCache, next_token: tuple[int, Tensor]) -> tuple[int, Tensor]:
+        """Feed what follows the cut; `next_token`, what came after it, is returned if nothing does."""
+        n_prompt = len(self.encoded.ids)
+        return self._feed(cache, self.compress_at, n_prompt) if self.compress_at < n_prompt else next_token
+
+    def _feed(self, cache: EvictingCache | SharedPrefill, first: int, last: int) -> tuple[int, Tensor]:
+        ids = torch.tensor([self.encoded.ids[first:last]], device=self.model.device)
+        # LongBench's authors let an answer that stops at a newline have at least one token.
+        needs_one = self.stop_at_newline and last == len(self.encoded.ids)
+        return GreedyDecoder(self.model, cache).step(ids, forbidden=self.stops if needs_one else frozenset())
+
+    def answer(
+        self,
+        cache: EvictingCache,
+        next_token: tuple[int, Tensor],
+        meter: MemoryMeter,
+        prefill: tuple[float, int | None] | None,
+    ) -> Generation:
+        """Decode, and describe it all.
+
+        Args:
+            cache: right after the prompt.
+            next_token: that followed the prompt, as `feed_rest` returns it.
+            meter: made before there was any cache.
+            prefill: ms and peak bytes over the weights; None if it was shared.
+        """
+        method, stops, decoder = cache.method, self.stops, GreedyDecoder(self.model, cache)
+        by_head = shares_kept(self.answer_tokens, [layer.positions for layer in cache.layers])
+        kept = torch.stack([(layer.positions >= 0).sum(-1).double().mean() for layer in cache.layers]).mean().item()
+        cache_bytes, bookkeeping_bytes = cache.cache_bytes, cache.bookkeeping_bytes
+
+        token, ids = next_token
+        answer = [token]
+        others = meter.held_beside(cache_bytes + bookkeeping_bytes) if prefill is None else 0
+        started = meter.start()
+        while len(answer) < self.max_new_tokens and answer[-1] not in stops:
+            token, ids = decoder.step(ids)
+            answer.append(token)
+        decode_ms, decode_peak = meter.stop(started)
+        decode_peak = None if decode_peak is None else decode_peak - others
+        cache.check_saw(len(self.encoded.ids) + len(answer) - 1)
+
+        prefill_ms, prefill_peak = prefill or (None, None)
+        total_peak = None
+        if prefill_peak is not None and decode_peak is not None and meter.weights_bytes is not None:
+            total_peak = meter.weights_bytes + max(prefill_peak, decode_peak)
+        budget_tokens = method.parsed_budget.tokens(self.compress_at)
+        text = self.tokenizer.decode(answer[:-1] if answer[-1] in stops else answer, skip_special_tokens=True)
+        return Generation(
+            text=text,
+            prompt_tokens=len(self.encoded.ids),
+            generated_tokens=len(answer),
+            truncated=self.encoded.truncated,
+            compressed_tokens=self.compress_at,
+            budget_tokens=budget_tokens,
+            kept_tokens=kept,
+            answer_kept=None if by_head is None else sum(map(sum, by_head)) / sum(map(len, by_head)),
+            answer_kept_heads=by_head,
+            effective=method.effective(budget_tokens),
+            cache_bytes=cache_bytes,
+            bookkeeping_bytes=bookkeeping_bytes,
+            prefill_shared=prefill is None,
+            prefill_ms=prefill_ms,
+            decode_ms_per_token=decode_ms / (len(answer) - 1) if len(answer) > 1 else None,
+            weights_bytes=meter.weights_bytes,
+            prefill_peak_bytes=prefill_peak,
+            decode_peak_bytes=decode_peak,
+            total_peak_bytes=total_peak,
+        )

@@ -1,0 +1,85 @@
+"""The launcher `shared_prefill`: the sweep's cells in this process, those that differ in their method together.
+
+Hydra imports this file at every start, whatever is run: what it needs of the project it imports when it launches.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SharedPrefillLauncherConf:
+    """`hydra/launcher=shared_prefill`."""
+
+    _target_: str = "hydra_plugins.hydra_shared_prefill_launcher.shared_prefill_launcher.SharedPrefillLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="shared_prefill", node=SharedPrefillLauncherConf)
+
+
+class SharedPrefillLauncher(Launcher):
+    """Composes every job's config into a cell, then runs the cells in groups."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs. A wrong or failed one is told at once and does not stop the others; Hydra then raises it."""
+        from experiments.longbench_qa.in_process import groups, run_together
+
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        jobs = {
+            number: self._compose(overrides, number) for number, overrides in enumerate(job_overrides, initial_job_idx)
+        }
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        cells = {number: job.return_value for number, job in jobs.items() if job.status == JobStatus.COMPLETED}
+        for job in jobs.values():
+            if job.status == JobStatus.FAILED:
+                _tell(job)
+        together = groups(cells)
+        log.info(f"Running {len(cells)} cells in {len(together)} groups, each from shared prefills")
+        for group in together:
+            for number in group:
+                log.info(f"\t#{number} : {' '.join(filter_overrides(job_overrides[number - initial_job_idx]))}")
+            for number, result in run_together(group).items():
+                jobs[number].return_value = None
+                if isinstance(result, Exception):
+                    jobs[number].return_value, jobs[number].status = result, JobStatus.FAILED
+                    _tell(jobs[number])
+        return list(jobs.values())
+
+    def _compose(self, overrides: Sequence[str], number: int) -> JobReturn:
+        """The job's cell as its return value, or why it is none."""
+        from experiments.longbench_qa.config import build_cell
+
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=build_cell,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+def _tell(job: JobReturn) -> None:
+    # Hydra itself reports no more than the first failure, at the very end.
+    assert job.hydra_cfg is not None
+    overrides, error = job.hydra_cfg.hydra.job.override_dirname, job._return_value
+    print(f"error: the cell [{overrides}] failed: {error}", file=sys.stderr)

@@ -1,0 +1,208 @@
+"""SharedPrefill: every cache that it fills is, bit for bit, what it is when fed alone."""
+
+import pytest
+import torch
+
+from cab_attention import H2O, TOVA, EvictingCache, Full, Random, SharedPrefill, SnapKV, StreamingLLM
+from cab_attention.cache_layer import EvictingLayer
+from tests.all_methods import METHODS
+from tests.feeding import feed, left_padded
+from tests.feeding import tiny_model_with_key_gains as tiny_model
+from tests.tiny_models import random_ids
+
+N_PROMPT = 33
+BUDGETS = (1, 9, 0.3, 500)
+ALL = [make(budget) for make in METHODS.values() for budget in BUDGETS]
+
+
+def caches(model, methods=ALL, **options) -> list[EvictingCache]:
+    return [EvictingCache(model.config, method, **options) for method in methods]
+
+
+def contents(cache: EvictingCache) -> list[tuple]:
+    return [(layer.positions, layer.keys, layer.values, layer.scores, layer.seen) for layer in cache.layers]
+
+
+def assert_same(cache: EvictingCache, alone: EvictingCache) -> None:
+    for one, other in zip(contents(cache), contents(alone), strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert (cache.cache_bytes, cache.bookkeeping_bytes) == (alone.cache_bytes, alone.bookkeeping_bytes)
+    assert [layer.budget_tokens for layer in cache.layers] == [layer.budget_tokens for layer in alone.layers]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "padding", "compress_at", "attention"),
+    [
+        ("llama", (0,), None, "cab"),
+        ("llama", (0, 6), 25, "cab"),
+        ("llama", (0, 6), 25, "eager_with_scores"),
+        ("mistral", (0,), None, "cab"),
+        ("gemma3", (0, 9), None, "cab"),
+        ("gemma3", (0, 9), None, "eager_with_scores"),
+        ("gemma3", (0,), 27, "cab"),
+    ],
+)
+def test_every_cache_is_what_it_is_alone(architecture, padding, compress_at, attention):
+    model = tiny_model(architecture, attention)
+    ids, mask = left_padded(*padding, n_tokens=N_PROMPT + 3)
+    options = {} if compress_at is None else {"prompt_tokens": N_PROMPT, "compress_at": compress_at}
+    end = compress_at or N_PROMPT
+    together, alone = caches(model, **options), caches(model, **options)
+    logits = feed(model, SharedPrefill(together), ids[:, :end], mask[:, :end])
+    for cache, separate in zip(together, alone, strict=True):
+        assert torch.equal(feed(model, separate, ids[:, :end], mask[:, :end]), logits)
+        assert_same(cache, separate)
+        stops = ([N_PROMPT] if compress_at else []) + [N_PROMPT + 1, N_PROMPT + 2, N_PROMPT + 3]
+        for start, stop in zip([end, *stops], stops, strict=False):
+            expected = feed(model, separate, ids[:, start:stop], mask[:, :stop])
+            assert torch.equal(feed(model, cache, ids[:, start:stop], mask[:, :stop]), expected)
+        assert_same(cache, separate)
+        cache.check_saw(N_PROMPT + 3)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 17])
+def test_short_prompts(n_tokens):
+    model, ids = tiny_model("llama"), random_ids(1, n_tokens)
+    together, alone = caches(model), caches(model)
+    feed(model, SharedPrefill(together), ids)
+    for cache, separate in zip(together, alone, strict=True):
+        feed(model, separate, ids)
+        assert_same(cache, separate)
+
+
+@pytest.mark.parametrize("attention", ["cab", "eager_with_scores"])
+def test_scores_do_not_change_the_output(attention, monkeypatch):
+    """What the next layer gets is the first output computed: it must be that of every request."""
+    model, outputs = tiny_model("llama", attention), {}
+    attend = EvictingLayer.attend
+
+    def remember(self, *args, **kwargs):
+        output = attend(self, *args, **kwargs)
+        outputs.setdefault(self.method, []).append(output)
+        return output
+
+    monkeypatch.setattr(EvictingLayer, "attend", remember)
+    for cache in caches(model, [Full(), H2O(9), TOVA(9), SnapKV(9), SnapKV(9, window=5)]):
+        feed(model, cache, random_ids(1, N_PROMPT))
+    first, *others = outputs.values()
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_each_request_is_computed_once(monkeypatch):
+    model, requests = tiny_model("llama"), []
+    attend = EvictingLayer.attend
+
+    def counting(self, operator, *args, **kwargs):
+        if not hasattr(operator, "operator"):
+            raise AssertionError("fed alone")
+        inner = operator.operator
+        if getattr(inner, "counts", None) is None:
+
+            def counted(*tensors, score_queries, **options):
+                requests.append(score_queries)
+                return inner(*tensors, score_queries=score_queries, **options)
+
+            counted.counts = True
+            operator.operator = counted
+        return attend(self, operator, *args, **kwargs)
+
+    monkeypatch.setattr(EvictingLayer, "attend", counting)
+    methods = [Full(), Random(9), StreamingLLM(9), H2O("full"), H2O(9), H2O(5), TOVA(9), TOVA(5), SnapKV(9, window=8)]
+    feed(model, SharedPrefill(caches(model, [*methods, SnapKV(9, window=100)])), random_ids(1, N_PROMPT))
+    assert len(requests) == 3 * model.config.num_hidden_layers
+    requests.clear()
+    feed(model, SharedPrefill(caches(model, [Full(), Random(9), H2O("full")])), random_ids(1, N_PROMPT))
+    assert requests == [0] * model.config.num_hidden_layers
+
+
+def test_each_cache_is_cut_before_the_next_layer_begins(monkeypatch):
+    """Then the peak is one full layer, not all of them."""
+    model, held = tiny_model("llama"), []
+    together = caches(model, [H2O(9), SnapKV(9), TOVA(5)])
+    update = SharedPrefill.update
+
+    def watch(self, keys, values, layer_index, *args, **kwargs):
+        held.append([cache.layers[i].keys.shape[2] for cache in together for i in range(layer_index)])
+        return update(self, keys, values, layer_index, *args, **kwargs)
+
+    monkeypatch.setattr(SharedPrefill, "update", watch)
+    feed(model, SharedPrefill(together), random_ids(1, N_PROMPT))
+    assert held == [[], [9, 9, 5], [9, 9, 9, 9, 5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [
+        ({"prompt_tokens": 20}, "prompt_tokens, compress_at"),
+        ({"prompt_tokens": N_PROMPT, "compress_at": 20}, "prompt_tokens, compress_at"),
+    ],
+)
+def test_caches_of_other_prompts_are_refused(second, named):
+    model = tiny_model("llama")
+    one, other = (
+        EvictingCache(model.config, H2O(9), prompt_tokens=N_PROMPT),
+        EvictingCache(model.config, H2O(9), **second),
+    )
+    with pytest.raises(ValueError, match=named):
+        SharedPrefill([one, other])
+
+
+def test_what_does_not_belong_together_is_refused():
+    model = tiny_model("llama")
+    cache, used = caches(model, [H2O(9), H2O(9)])
+    feed(model, used, random_ids(1, N_PROMPT))
+    for wrong, named in (
+        ([], "at least one"),
+        ([cache, cache], "twice"),
+        ([cache, used], "unused"),
+        ([cache, EvictingCache(tiny_model("mistral").config, H2O(9))], "one model"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            SharedPrefill(wrong)
+
+
+def test_a_second_forward_is_refused():
+    model, ids = tiny_model("llama"), random_ids(1, N_PROMPT)
+    for options in ({}, {"prompt_tokens": N_PROMPT}, {"prompt_tokens": N_PROMPT, "compress_at": 20}):
+        shared = SharedPrefill(caches(model, [H2O(9), Full()], **options))
+        end = options.get("compress_at", N_PROMPT)
+        feed(model, shared, ids[:, :end])
+        assert shared.get_seq_length() == end
+        with pytest.raises(ValueError, match="one forward, and that is done"):
+            feed(model, shared, ids[:, :1])
+
+
+@pytest.mark.parametrize("n_tokens", [19, 21])
+def test_a_forward_of_another_length_is_refused(n_tokens):
+    model = tiny_model("llama")
+    shared = SharedPrefill(caches(model, [H2O(9), Full()], prompt_tokens=N_PROMPT, compress_at=20))
+    with pytest.raises(ValueError, match=f"takes the 20 tokens up to the cut in one forward, got {n_tokens}"):
+        feed(model, shared, random_ids(1, n_tokens))
+
+
+def test_a_model_whose_attention_never_comes_back():
+    model = tiny_model("llama")
+    together = caches(model, [H2O(9), Full()])
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        model(random_ids(1, N_PROMPT), past_key_values=SharedPrefill(together))
+        with pytest.raises(RuntimeError, match="attention never came back"):
+            model(random_ids(1, 1), past_key_values=together[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["cab", "eager_with_scores"])
+def test_on_a_gpu_every_cache_is_what_it_is_alone(attention):
+    """In half precision and at a length that the prefill's kernels compute."""
+    model = tiny_model("llama", attention).to("cuda", torch.bfloat16)
+    ids, mask = random_ids(1, 403).cuda(), torch.ones(1, 403, dtype=torch.int64, device="cuda")
+    methods = [make(budget) for make in METHODS.values() for budget in (40, 0.3)]
+    together, alone = caches(model, methods), caches(model, methods)
+    logits = feed(model, SharedPrefill(together), ids[:, :400], mask[:, :400])
+    for cache, separate in zip(together, alone, strict=True):
+        assert torch.equal(feed(model, separate, ids[:, :400], mask[:, :400]), logits)
+        assert_same(cache, separate)
+        for stop in (401, 402, 403):
+            expected = feed(model, separate, ids[:, stop - 1 : stop], mask[:, :stop])
+            assert torch.equal(feed(model, cache, ids[:, stop - 1 : stop], mask[:, :stop]), expected)
