@@ -17,11 +17,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from benchmark_records import ROOT, Row, write_rows
 
 from experiments.longbench_qa.data import DEMO_SETS
+from experiments.longbench_qa.demo.rows import EVALUATED
 from experiments.longbench_qa.score_plot import Point, draw_scores, save_svg
 
 COMPRESS = ("after_prompt", "after_context")
 METHODS = ("full", "random", "streaming_llm", "h2o", "cab", "tova", "snapkv")
-FAMILIES = ("one_fact_early", "one_fact_middle", "one_fact_late", "two_hop", "list", "passage")
 ALL = "all"
 CELL = ("compress", "method", "budget")
 COLUMNS = (*CELL, "family", "n", "score", "standard_error", "answer_kept", "kept_tokens", "cache_bytes")
@@ -108,8 +108,8 @@ def _read_cell(folder: Path, config: dict[str, Any]) -> DemoCell:
 def families_in(cells: Sequence[DemoCell]) -> list[str]:
     """In their order, `all` last; all cells have the same samples."""
     found = {family_of(sample) for sample in cells[0].samples}
-    known = [family for family in FAMILIES if family in found]
-    return [*known, *sorted(found - set(FAMILIES)), ALL]
+    known = [family for family in EVALUATED if family in found]
+    return [*known, *sorted(found - set(EVALUATED)), ALL]
 
 
 def result_rows(cells: Sequence[DemoCell]) -> list[Row]:

@@ -156,7 +156,6 @@ def test_table_and_series_are_those_of_the_csv():
 
 
 def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("matplotlib")
     write_rows(tmp_path / "benchmarks.csv", ratio_rows())
     drawn = []
     for folder in (tmp_path / "first", tmp_path / "second"):
