@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,13 @@ def test_a_sweep_shares_the_model_and_survives_a_failing_cell(tmp_path: Path):
 def test_cells_of_a_sweep_share_their_prefills_whatever_runs_them(tmp_path: Path):
     """The records are those of cells run one by one, and the summary keeps the order asked for."""
     sweep = ["-m", "compress=after_prompt,after_context", "method=full,snapkv,cab", "budget=32,bad", "max_samples=2"]
-    found, tables = {}, {}
-    for name, override in (("shared", "seed=0"), ("alone", "share_prefill=false"), ("basic", "hydra/launcher=basic")):
+    ways = {"shared": "seed=0", "alone": "share_prefill=false", "basic": "hydra/launcher=basic"}
+    for name in ways:
         (tmp_path / name).mkdir()
-        done = run(tmp_path / name, *sweep, "wandb.mode=disabled", override)
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run, tmp_path / name, *sweep, "wandb.mode=disabled", way) for name, way in ways.items()]
+    found, tables = {}, {}
+    for name, done in zip(ways, (process.result() for process in runs), strict=True):
         assert done.returncode == 1
         assert done.stderr.count("failed: budget='bad' is not a budget") == 6
         tables[name] = [line.split("│")[2:5] for line in done.stdout.splitlines() if line.startswith("│")]
