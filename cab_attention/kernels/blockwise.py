@@ -21,11 +21,12 @@ def blockwise_attention(
     sliding_window: int | None,
     softcap: float | None,
     score_queries: int,
+    score_step: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Q, D]; k, v [B, G, K, D] -> output [B, H, Q, D] in q's dtype, scores [B, H, K] float32.
 
-    Logits, softmax and sums are in float32 (float64 for float64 input) whatever the input's dtype. `score_queries` is
-    the number of last query rows that count in the scores.
+    Logits, softmax and sums are in float32 (float64 for float64 input) whatever the input's dtype. Of the last
+    `score_queries` query rows every `score_step`-th counts in the scores, from the last row back.
     """
     (n_batch, n_heads, n_q, dim), (_, n_kv_heads, n_k, _) = q.shape, k.shape
     group = n_heads // n_kv_heads
@@ -37,7 +38,7 @@ def blockwise_attention(
     scores = torch.zeros(n_batch, n_kv_heads, group, n_k, dtype=dtype, device=q.device)
     budget = MAX_LOGITS.get(q.device.type, MAX_LOGITS["cpu"])
     block = max(1, min(n_q, budget // max(1, n_batch * n_heads * n_k)))
-    first_counted = n_q - score_queries
+    first_counted = n_q - score_queries + (score_queries - 1) % score_step
     for start in range(0, n_q, block):
         rows = range(start, min(start + block, n_q))
         keys = range(0, n_k)
@@ -69,7 +70,8 @@ def blockwise_attention(
         peak = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
         weights = logits.sub_(peak).exp_()
         weights = weights.div_(weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny))
-        counted = weights[:, :, :, max(0, first_counted - rows.start) :]
+        to_counted = first_counted - rows.start
+        counted = weights[:, :, :, max(to_counted, to_counted % score_step) :: score_step]
         scores[..., keys.start : keys.stop] += counted.sum(3)
         flat = weights.flatten(2, 3) @ v[:, :, keys.start : keys.stop]
         output[:, :, :, rows.start : rows.stop] = flat.view(n_batch, n_kv_heads, group, len(rows), dim)

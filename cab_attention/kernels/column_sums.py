@@ -1,6 +1,7 @@
 """Triton: the column sums of the softmax weights, recomputed tile by tile from the log-sum-exp of each row.
 
 Each block of keys is owned by one program, so there are no atomics and two runs give the same bits. Nothing is N x N.
+Only the rows that count are gone through: every `step`-th query up to the last.
 """
 
 import torch
@@ -9,34 +10,43 @@ import triton.language as tl
 from torch import Tensor
 
 from cab_attention.kernels import tuning
-from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, key_arguments
+from cab_attention.kernels.launch import RUN_TIME, ceil_div, constants_of, counted_rows, key_arguments
 from cab_attention.kernels.tile_logits import about_keys, load_rows, positions_of_rows, tile_logits
 
 
 @triton.jit
 def _add_weights(
-    acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, stop, stride_qn, stride_qd, stride_pn,
-    n_queries, n_keys, window, scale, softcap, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
+    acc, k, q_ptr, lse_ptr, positions_ptr, first_rows, positions, start, stop, stride_qn, stride_qd, stride_pn,
+    span, n_keys, step, window, scale, softcap, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Add the weights of queries [start, stop) to acc [BLOCK_K, BLOCK_Q]; it is summed over queries only at the end."""
+    """Add the weights of rows [start, stop) to acc [BLOCK_K, BLOCK_Q]; it is summed over rows only at the end.
+
+    first_rows [BLOCK_K]: from which row on a key is seen.
+    """
     for at in range(start, stop, BLOCK_Q):
         rows = at + tl.arange(0, BLOCK_Q)
-        q = load_rows(q_ptr, at, n_queries, stride_qn, stride_qd, BLOCK_Q, DIM, DIM_PADDED, True, MASKED)
+        q = load_rows(q_ptr, at, stop, stride_qn, stride_qd, BLOCK_Q, DIM, DIM_PADDED, True, MASKED)
         if MASKED:
             lse = tl.load(lse_ptr + rows, mask=rows < stop, other=float("inf"))
         else:
             lse = tl.load(lse_ptr + rows)
         row_positions = rows
         if HAS_WINDOW:
-            row_positions = positions_of_rows(positions_ptr, rows, n_queries, n_keys, stride_pn, HAS_POSITIONS)
+            row_positions = positions_of_rows(positions_ptr, rows * step, span, n_keys, stride_pn, HAS_POSITIONS)
         s = tile_logits(
-            tl.dot(k, q, input_precision=PRECISION), rows[None, :], keys[:, None], row_positions[None, :],
-            positions[:, None], n_keys - n_queries, window, scale, softcap, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASKED,
+            tl.dot(k, q, input_precision=PRECISION), rows[None, :], first_rows[:, None], row_positions[None, :],
+            positions[:, None], 0, window, scale, softcap, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         acc += tl.exp2(s - (lse * 1.4426950408889634)[None, :])
     return acc
+
+
+@triton.jit
+def _first_row(key, shift, step):
+    """The first row that stands at this key or later: row 0 at key `shift`, each `step` keys after the last."""
+    return (tl.maximum(0, key - shift) + step - 1) // step
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -44,14 +54,15 @@ def _column_sums(
     q_ptr, k_ptr, lse_ptr, scores_ptr, mask_ptr, positions_ptr,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mh, stride_mn, stride_pb, stride_ph, stride_pn,
-    n_queries, n_keys, first_row, window, scale, softcap,
+    n_queries, n_keys, step, window, scale, softcap,
     N_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K keys under one query head. Writes their scores [B, H, K], from query `first_row` on.
+    """One program: BLOCK_K keys under one query head. Writes their scores [B, H, K].
 
+    The rows of q [B, H, n_queries, D] and lse [B, H, n_queries] stand `step` apart, the last at the last key.
     Keys do not influence each other here, so the key mask is applied once, to the sums; only tiles on the causal
     diagonal, the last rows, and all with a window are masked inside.
     """
@@ -68,33 +79,36 @@ def _column_sums(
 
     k = load_rows(k_ptr, block * BLOCK_K, n_keys, stride_kn, stride_kd, BLOCK_K, DIM, DIM_PADDED, False, True)
     mask, positions = about_keys(mask_ptr, positions_ptr, keys, n_keys, stride_mn, stride_pn, HAS_MASK, HAS_POSITIONS)
-    start, stop = first_row, n_queries
+    span = (n_queries - 1) * step + 1  # queries from the first row to the last
+    shift = n_keys - span  # the last row sees all keys
+    first_rows = _first_row(keys, shift, step)
+    start, stop = 0, n_queries
     free = start  # first row from which every row sees every key of the block
     if IS_CAUSAL:
-        start = tl.maximum(start, block * BLOCK_K - (n_keys - n_queries))
-        above = tl.maximum(0, block * BLOCK_K + BLOCK_K - 1 - (n_keys - n_queries) - start)
-        free = start + (above + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+        last_key = block * BLOCK_K + BLOCK_K - 1
+        start = _first_row(block * BLOCK_K, shift, step)
+        free = start + (_first_row(last_key, shift, step) - start + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
         if HAS_WINDOW:
             free = stop
             if not HAS_POSITIONS:
-                stop = tl.minimum(stop, block * BLOCK_K + BLOCK_K - (n_keys - n_queries) + window)
+                stop = tl.minimum(stop, _first_row(last_key + window, shift, step))
     whole = free + tl.maximum(0, stop - free) // BLOCK_Q * BLOCK_Q
     acc = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     if IS_CAUSAL:
         acc = _add_weights(
-            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, start, tl.minimum(free, stop), stride_qn,
-            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            acc, k, q_ptr, lse_ptr, positions_ptr, first_rows, positions, start, tl.minimum(free, stop), stride_qn,
+            stride_qd, stride_pn, span, n_keys, step, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
             HAS_SOFTCAP, HAS_POSITIONS, PRECISION, True, BLOCK_Q,
         )  # fmt: skip
     if not HAS_WINDOW:
         acc = _add_weights(
-            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, free, whole, stride_qn,
-            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            acc, k, q_ptr, lse_ptr, positions_ptr, first_rows, positions, free, whole, stride_qn,
+            stride_qd, stride_pn, span, n_keys, step, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
             HAS_SOFTCAP, HAS_POSITIONS, PRECISION, False, BLOCK_Q,
         )  # fmt: skip
         acc = _add_weights(
-            acc, k, q_ptr, lse_ptr, positions_ptr, keys, positions, whole, stop, stride_qn,
-            stride_qd, stride_pn, n_queries, n_keys, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
+            acc, k, q_ptr, lse_ptr, positions_ptr, first_rows, positions, whole, stop, stride_qn,
+            stride_qd, stride_pn, span, n_keys, step, window, scale, softcap, DIM, DIM_PADDED, IS_CAUSAL, HAS_WINDOW,
             HAS_SOFTCAP, HAS_POSITIONS, PRECISION, True, BLOCK_Q,
         )  # fmt: skip
     sums = tl.where(mask, tl.sum(acc, 1), 0.0)
@@ -113,11 +127,13 @@ def column_sums(
     sliding_window: int | None,
     softcap: float | None,
     score_queries: int,
+    score_step: int = 1,
 ) -> Tensor:
     """q [B, H, Q, D]; k [B, G, K, D], any strides; lse [B, H, Q] -> scores [B, H, K] float32.
 
-    Only the last `score_queries` >= 1 rows count.
+    Of the last `score_queries` >= 1 rows every `score_step`-th counts, from the last row back.
     """
+    q, lse, step = counted_rows(q, lse, score_queries, score_step)
     scores = torch.empty(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
     mask, positions, of_keys = key_arguments(q, key_mask, key_positions)
     constants = constants_of(q, k, is_causal, key_mask, key_positions, sliding_window, softcap)
@@ -126,12 +142,12 @@ def column_sums(
         grid = (q.shape[0] * q.shape[1], ceil_div(k.shape[2], tile["BLOCK_K"]))
         _column_sums[grid](
             q, k, lse, scores, mask, positions, *q.stride(), *k.stride(), *of_keys, q.shape[2], k.shape[2],
-            q.shape[2] - score_queries, sliding_window or 0, scale, softcap or 1.0, **constants, **tile,
+            step, sliding_window or 0, scale, softcap or 1.0, **constants, **tile,
         )  # fmt: skip
 
     tile = _tile(q)
     if tuning.on:
-        tuning.run("column_sums", q, (score_queries, k.shape[2]), constants, tile, _other_tiles(q), launch)
+        tuning.run("column_sums", q, (q.shape[2], k.shape[2]), constants, tile, _other_tiles(q), launch)
     else:
         launch(tile)
     return scores

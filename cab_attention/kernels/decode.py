@@ -165,10 +165,12 @@ def decode_attention(
     sliding_window: int | None,
     softcap: float | None,
     score_queries: int,
+    score_step: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Q, D]; k, v [B, G, K, D], any strides -> output [B, H, Q, D] in q's dtype, scores [B, H, K] float32.
 
-    Meant for up to 16 queries: every program holds all rows of a KV head that fit a tile.
+    Of the last `score_queries` rows every `score_step`-th counts in the scores, from the last row back. Meant for up to
+    16 queries: every program holds all rows of a KV head that fit a tile.
     """
     (n_batch, n_heads, n_queries, dim), (_, n_kv_heads, n_keys, _) = q.shape, k.shape
     scores_shape = (n_batch, n_heads, n_keys)
@@ -224,7 +226,7 @@ def decode_attention(
         del partial, peaks  # their memory may serve the scores
         if score_queries == 0:
             return output, torch.zeros(scores_shape, **float32)
-        return output, column_sums(q, k, lse, scale, **options, score_queries=score_queries)
+        return output, column_sums(q, k, lse, scale, **options, score_queries=score_queries, score_step=score_step)
 
 
 def _split(q: Tensor, n_keys: int, first_key: int, n_programs: int, block: int) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def choose(
     softcap: float | None,
     score_queries: int,
 ) -> Choice:
-    """What computes this call; `score_queries` is the number of rows that count. Reads no tensor's values."""
+    """What computes this call; `score_queries` is 0 where no row counts. Reads no tensor's values."""
     n_batch, n_heads, n_queries, head_dim = q.shape
     prefill = q.is_cuda and n_queries > FEW_QUERIES  # only there do cuDNN and TMA matter
     return decide(
@@ -186,11 +186,14 @@ def compute(
     sliding_window: int | None,
     softcap: float | None,
     score_queries: int | None,
+    score_step: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Q, D], laid out in memory as `torch.empty_like(q)`, and scores [B, H, K] float32, contiguous."""
     if torch.is_autocast_enabled(q.device.type):  # it would turn the float32 sums into bfloat16
         with torch.autocast(q.device.type, enabled=False):
-            return compute(q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries)
+            return compute(
+                q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries, score_step
+            )
     n_queries = q.shape[2]
     options: dict[str, Any] = dict(
         is_causal=is_causal,
@@ -203,7 +206,7 @@ def compute(
     choice = _last.choice = choose(q, k, v, scale, **options)
     if choice.forward == "none":
         return torch.zeros_like(q), q.new_zeros((*q.shape[:2], k.shape[2]), dtype=torch.float32)
-    options["key_positions"] = key_positions
+    options |= {"key_positions": key_positions, "score_step": score_step}
     if choice.forward == "blockwise":
         output, scores = blockwise_attention(q, k, v, scale, **options)
     else:
@@ -256,13 +259,14 @@ def _remember_shapes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     # An operator that raises only when it runs: torch.compile traces the backward pass of every forward pass.
     refuse = torch.ops.cab_attention.refuse_backward
-    return (*(refuse(gradient, shape) for shape in ctx.shapes), *[None] * 7)
+    return (*(refuse(gradient, shape) for shape in ctx.shapes), *[None] * 8)
 
 
 _library = torch.library.Library("cab_attention", "DEF")
 _library.define(
     "attention_with_scores(Tensor q, Tensor k, Tensor v, float? scale, bool is_causal, Tensor? key_mask, "
-    "Tensor? key_positions, SymInt? sliding_window, float? softcap, SymInt? score_queries) -> (Tensor, Tensor)",
+    "Tensor? key_positions, SymInt? sliding_window, float? softcap, SymInt? score_queries, SymInt score_step) "
+    "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.impl("attention_with_scores", compute, "CompositeExplicitAutograd")

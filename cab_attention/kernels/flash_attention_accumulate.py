@@ -26,6 +26,7 @@ def flash_attention_with_cumulative_scores(
     sliding_window: int | None = None,
     softcap: float | None = None,
     score_queries: int | None = None,
+    score_step: int = 1,
     per_kv_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention and the exact column sums of its softmax weights, in O(K) memory beside the output.
@@ -41,6 +42,8 @@ def flash_attention_with_cumulative_scores(
         sliding_window: a query sees the keys less than this many positions back, itself included. Needs `is_causal`.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         score_queries: only this many last query rows count in the scores (0: none); default all.
+        score_step: of those rows only every `score_step`-th counts, from the last row back: row r counts if
+            r >= Q - score_queries and (Q - 1 - r) % score_step == 0. On a GPU the scores' pass goes over these alone.
         per_kv_head: sum the scores of a group's query heads; `cumulative_scores` is then [B, G, K'] too.
 
     Returns:
@@ -54,10 +57,10 @@ def flash_attention_with_cumulative_scores(
         float32, a head dim over 256, a compute capability below 8.0. RuntimeError: a gradient is asked of the result.
     """
     _check_tensors(q, k, v, key_mask, key_positions, cumulative_scores, per_kv_head)
-    _check_options(is_causal, sliding_window, softcap, score_queries)
+    _check_options(is_causal, sliding_window, softcap, score_queries, score_step)
     scale = None if scale is None else float(scale)
     output, scores = attention_with_scores(
-        q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries
+        q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries, score_step
     )
     if per_kv_head:
         scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
@@ -109,7 +112,7 @@ def _check_tensors(
 
 
 def _check_options(
-    is_causal: bool, sliding_window: int | None, softcap: float | None, score_queries: int | None
+    is_causal: bool, sliding_window: int | None, softcap: float | None, score_queries: int | None, score_step: int
 ) -> None:
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
         _refuse(f"sliding_window must be >= 1 and needs is_causal=True, got {sliding_window}, is_causal={is_causal}")
@@ -117,6 +120,8 @@ def _check_options(
         _refuse(f"softcap must be > 0 and finite, got {softcap}")
     if score_queries is not None and score_queries < 0:
         _refuse(f"score_queries must be >= 0, got {score_queries}")
+    if not isinstance(score_step, int) or score_step < 1:
+        _refuse(f"score_step must be an integer >= 1, got {score_step!r}")
 
 
 def _refuse(problem: str) -> NoReturn:

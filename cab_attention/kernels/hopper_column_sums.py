@@ -16,7 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cab_attention.kernels import tuning
-from cab_attention.kernels.launch import ceil_div, key_arguments, multiprocessors, power_of_two, shared_memory
+from cab_attention.kernels.launch import (
+    ceil_div,
+    counted_rows,
+    key_arguments,
+    multiprocessors,
+    power_of_two,
+    shared_memory,
+)
 
 copy_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
 KEYS = gl.constexpr(64)  # of a group: the rows of one matrix instruction
@@ -57,10 +64,10 @@ def _sum_within_thread(p, BLOCK_Q: gl.constexpr):
 
 @gluon.jit
 def _add_tile(
-    sums, k, q_ring, lse_ring, full, empty, i, keys, start, shift, scale,
+    sums, k, q_ring, lse_ring, full, empty, i, first_rows, start, scale,
     DIM_PADDED: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add the weights of tile `i` of the ring; with MASKED, those of rows that see the key."""
+    """Add the weights of tile `i` of the ring; with MASKED, of each key those from the first row that sees it."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     slot = i % STAGES
     mbarrier.wait(full.index(slot), (i // STAGES) & 1)
@@ -73,8 +80,14 @@ def _add_tile(
     s = s * scale - lse[None, :]
     if MASKED:
         rows = start + i * BLOCK_Q + gl.arange(0, BLOCK_Q, layout=COLUMNS)
-        s = gl.where(keys[:, None] <= rows[None, :] + shift, s, float("-inf"))
+        s = gl.where(first_rows[:, None] <= rows[None, :], s, float("-inf"))
     return sums + _sum_within_thread(gl.exp2(s), BLOCK_Q)
+
+
+@gluon.jit
+def _first_row(key, shift, step):
+    """The first row that sees this key: row 0 sees those up to `shift`, each row `step` more than the last."""
+    return (gl.maximum(key - shift, 0) + step - 1) // step
 
 
 @gluon.jit
@@ -84,14 +97,13 @@ def _consume(
 ):  # fmt: skip
     """The scores of this group's 64 keys."""
     (k_ptr, scores_ptr, mask_ptr, q_ring, lse_ring, full, empty, block_key, start, n_tiles, stride_kn, stride_mn,
-     n_queries, n_keys, scale) = shared  # fmt: skip
+     n_keys, shift, step, scale) = shared  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     OPERAND_ROWS: gl.constexpr = gl.SliceLayout(1, OPERAND)
     OPERAND_COLUMNS: gl.constexpr = gl.SliceLayout(0, OPERAND)
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     first_key = block_key + GROUP_INDEX * KEYS
-    shift = n_keys - n_queries  # the last query sees all keys
 
     rows = first_key + gl.arange(0, KEYS, layout=OPERAND_ROWS)
     dims = gl.arange(0, DIM_PADDED, layout=OPERAND_COLUMNS)
@@ -100,22 +112,24 @@ def _consume(
         mask=(rows < n_keys)[:, None] & (dims < DIM)[None, :], other=0.0,
     )  # fmt: skip
     keys = first_key + gl.arange(0, KEYS, layout=ROWS)
+    first_rows = _first_row(keys, shift, step)
     sums = _sum_within_thread(gl.zeros([KEYS, BLOCK_Q], gl.float32, layout=MMA), BLOCK_Q)
     free = 0  # first tile of which every row sees every key
     if IS_CAUSAL:
-        seen = gl.minimum(gl.maximum(first_key - shift - start, 0) // BLOCK_Q, n_tiles)
+        seen = gl.minimum((_first_row(first_key, shift, step) - start) // BLOCK_Q, n_tiles)
         for i in range(0, seen):  # no row sees a key of this group
             mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
             mbarrier.arrive(empty.index(i % STAGES))
-        free = gl.minimum(gl.maximum(first_key + KEYS - 1 - shift - start + BLOCK_Q - 1, 0) // BLOCK_Q, n_tiles)
+        hidden = _first_row(first_key + KEYS - 1, shift, step) - start
+        free = gl.minimum((hidden + BLOCK_Q - 1) // BLOCK_Q, n_tiles)
         for i in range(seen, free):
             sums = _add_tile(
-                sums, k, q_ring, lse_ring, full, empty, i, keys, start, shift, scale,
+                sums, k, q_ring, lse_ring, full, empty, i, first_rows, start, scale,
                 DIM_PADDED, BLOCK_Q, STAGES, MMA, True,
             )  # fmt: skip
     for i in range(free, n_tiles):
         sums = _add_tile(
-            sums, k, q_ring, lse_ring, full, empty, i, keys, start, shift, scale,
+            sums, k, q_ring, lse_ring, full, empty, i, first_rows, start, scale,
             DIM_PADDED, BLOCK_Q, STAGES, MMA, False,
         )  # fmt: skip
     scores = gl.convert_layout(gl.sum(sums, 1), ROWS)
@@ -125,17 +139,20 @@ def _consume(
     gl.store(scores_ptr + keys, scores, mask=keys < n_keys)
 
 
-RUN_TIME = ["n_queries", "n_keys", "first_row", "stride_kb", "stride_kh", "stride_mb", "stride_mh"]
+RUN_TIME = ["n_queries", "n_keys", "step", "stride_kb", "stride_kh", "stride_mb", "stride_mh"]
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def _column_sums(
     q_desc, k_ptr, lse_ptr, scores_ptr, mask_ptr, stride_kb, stride_kh, stride_kn, stride_mb, stride_mh, stride_mn,
-    n_queries, n_keys, first_row, scale, N_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+    n_queries, n_keys, step, scale, N_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
     DIM_PADDED: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
     GROUPS: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS * 64 keys under one query head. Writes their scores [B, H, K], from query `first_row` on."""
+    """One program: GROUPS * 64 keys under one query head. Writes their scores [B, H, K].
+
+    The rows of q [B, H, n_queries, D] and lse [B, H, n_queries] stand `step` apart, the last at the last key.
+    """
     # The first keys are seen by the most rows: they start first, so that no long program is left for the end.
     batch_head, block = gl.program_id(0), gl.program_id(1)
     batch, head = batch_head // N_HEADS, batch_head % N_HEADS
@@ -145,9 +162,10 @@ def _column_sums(
     lse_ptr += batch_head.to(gl.int64) * n_queries
     scores_ptr += batch_head.to(gl.int64) * n_keys
     block_key = block * (GROUPS * KEYS)
-    start = first_row
+    shift = n_keys - 1 - (n_queries - 1) * step  # the last row sees all keys
+    start = 0
     if IS_CAUSAL:
-        start = gl.minimum(gl.maximum(start, block_key - (n_keys - n_queries)), n_queries)
+        start = _first_row(block_key, shift, step)
     n_tiles = (n_queries - start + BLOCK_Q - 1) // BLOCK_Q
 
     LSE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -159,7 +177,7 @@ def _column_sums(
         mbarrier.init(full.index(i), count=2)  # the copy of the queries, and the lse
         mbarrier.init(empty.index(i), count=GROUPS)
     shared = (k_ptr, scores_ptr, mask_ptr, q_ring, lse_ring, full, empty, block_key, start, n_tiles, stride_kn,
-              stride_mn, n_queries, n_keys, scale)  # fmt: skip
+              stride_mn, n_keys, shift, step, scale)  # fmt: skip
     TILE_BYTES: gl.constexpr = BLOCK_Q * DIM_PADDED * 2
     if GROUPS == 2:
         gl.warp_specialize([
@@ -188,13 +206,22 @@ def _column_sums(
 
 
 def hopper_column_sums(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, *, is_causal: bool, key_mask: Tensor | None, score_queries: int
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    score_queries: int,
+    score_step: int = 1,
 ) -> Tensor:
     """q [B, H, Q, D]; k [B, G, K, D] in half precision; lse [B, H, Q] -> scores [B, H, K] float32.
 
-    Only the last `score_queries` >= 1 rows count. D is a multiple of 8 up to 256; rows are adjacent numbers, and those
-    of q start at multiples of 16 bytes.
+    Of the last `score_queries` >= 1 rows every `score_step`-th counts, from the last row back. D is a multiple of 8 up
+    to 256; rows are adjacent numbers, and those of q start at multiples of 16 bytes.
     """
+    q, lse, step = counted_rows(q, lse, score_queries, score_step)
     n_batch, n_heads, n_q, dim = q.shape
     n_k = k.shape[2]
     dim_padded = max(64, power_of_two(dim))
@@ -214,13 +241,13 @@ def hopper_column_sums(
         queries = TensorDescriptor.from_tensor(q, block, _layout(tile["BLOCK_Q"], dim_padded))
         _column_sums[(n_batch * n_heads, ceil_div(n_k, tile["GROUPS"] * 64))](
             queries, k, lse, scores, mask, *k.stride()[:3], mask_batch, mask_head, mask_key,
-            n_q, n_k, n_q - score_queries, scale * 1.4426950408889634, **constants, **tile, num_warps=4,
+            n_q, n_k, step, scale * 1.4426950408889634, **constants, **tile, num_warps=4,
         )  # fmt: skip
 
     tile = _tile(q, n_k, dim_padded)
     if tuning.on:
         others = _other_tiles(shared_memory(q.device), dim_padded)
-        tuning.run("hopper_column_sums", q, (score_queries, n_k), constants, tile, others, launch)
+        tuning.run("hopper_column_sums", q, (n_q, n_k), constants, tile, others, launch)
     else:
         launch(tile)
     return scores

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 # Arguments that are never specialised: every prompt has its own.
-RUN_TIME = ["n_queries", "n_keys", "first_row", "window", "stride_mb", "stride_mh", "stride_pb", "stride_ph"]
+RUN_TIME = ["n_queries", "n_keys", "step", "window", "stride_mb", "stride_mh", "stride_pb", "stride_ph"]
 
 
 def ceil_div(number: int, divisor: int) -> int:
@@ -54,6 +54,20 @@ def key_arguments(
         mask, mask_strides = key_mask.view(torch.uint8), (batch, head[0] if head else 0, key)
     positions = q if key_positions is None else key_positions
     return mask, positions, (*mask_strides, *((0, 0, 0) if key_positions is None else key_positions.stride()))
+
+
+def counted_rows(q: Tensor, lse: Tensor, score_queries: int, score_step: int) -> tuple[Tensor, Tensor, int]:
+    """The rows that count in the scores: q [B, H, n, D], a view, lse [B, H, n], contiguous, and how far they are apart.
+
+    They are every `score_step`-th of the last `score_queries` rows, from the last row back.
+    """
+    n_queries = q.shape[2]
+    if score_queries == n_queries and score_step == 1:  # nothing to cut: each slice takes microseconds
+        return q, lse, 1
+    if score_step >= score_queries:  # the last row alone: no stride of the view grows with such a step
+        score_queries, score_step = min(score_queries, 1), 1
+    first = n_queries - score_queries + (score_queries - 1) % score_step
+    return q[:, :, first::score_step], lse[:, :, first::score_step].contiguous(), score_step
 
 
 @cache

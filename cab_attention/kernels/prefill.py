@@ -21,12 +21,14 @@ def prefill_attention(
     sliding_window: int | None,
     softcap: float | None,
     score_queries: int,
+    score_step: int = 1,
     forward: str = "triton",
     scores: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Q, D]; k, v [B, G, K, D], any strides, nothing empty -> output [B, H, Q, D] in q's dtype, scores
     [B, H, K] float32.
 
+    Of the last `score_queries` rows every `score_step`-th counts in the scores, from the last row back.
     `forward` ("triton" or "cudnn") and `scores` ("triton", "hopper" or "none") are as in `dispatch.Choice`.
     """
     options: dict[str, Any] = dict(
@@ -36,6 +38,7 @@ def prefill_attention(
         sliding_window=sliding_window,
         softcap=softcap,
     )
+    counted: dict[str, Any] = dict(score_queries=score_queries, score_step=score_step)
     if forward == "cudnn":
         output, lse = cudnn_forward(q, k, v, scale, is_causal)
     else:
@@ -45,6 +48,5 @@ def prefill_attention(
     if scores == "hopper":
         from cab_attention.kernels.hopper_column_sums import hopper_column_sums
 
-        sums = hopper_column_sums(q, k, lse, scale, is_causal=is_causal, key_mask=key_mask, score_queries=score_queries)
-        return output, sums
-    return output, column_sums(q, k, lse, scale, **options, score_queries=score_queries)
+        return output, hopper_column_sums(q, k, lse, scale, is_causal=is_causal, key_mask=key_mask, **counted)
+    return output, column_sums(q, k, lse, scale, **options, **counted)

@@ -16,6 +16,7 @@ def attention_reference(
     sliding_window: int | None = None,
     softcap: float | None = None,
     score_queries: int | None = None,
+    score_step: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Q, D]; k, v [B, G, K, D] -> output [B, H, Q, D], scores [B, H, K], in fp32 (fp64 for fp64 input)."""
     (_, n_heads, n_q, dim), (_, n_kv_heads, n_k, _) = q.shape, k.shape
@@ -36,5 +37,6 @@ def attention_reference(
     if key_mask is not None:
         visible &= (key_mask[:, None] if key_mask.ndim == 2 else key_mask.repeat_interleave(group, 1))[:, :, None]
     weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
-    counted = weights if score_queries is None else weights[:, :, max(0, n_q - score_queries) :]
-    return weights @ v, counted.sum(2)
+    before_last = torch.arange(n_q - 1, -1, -1, device=q.device)
+    counted = (before_last < (n_q if score_queries is None else score_queries)) & (before_last % score_step == 0)
+    return weights @ v, weights[:, :, counted].sum(2)

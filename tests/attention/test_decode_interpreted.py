@@ -84,6 +84,15 @@ def test_several_queries(name: str, n_q: int, n_k: int, dtype: torch.dtype):
     check(run(*tensors, **options), *tensors, **options)
 
 
+@pytest.mark.parametrize(("n_q", "n_k", "step"), [(1, 41, 3), (5, 41, 2), (16, 41, 3), (16, 7, 7), (16, 41, 64)])
+@pytest.mark.parametrize("name", ["causal", "head_mask", "window", "window_cut", "last", "none"])
+def test_score_step(name: str, n_q: int, n_k: int, step: int):
+    if name == "window_cut" and n_q > n_k:
+        pytest.skip("a cut cache holds at least the new keys")
+    tensors, options = inputs(torch.float32, 2, 1, n_q, n_k, 24), options_for(name, 2, 1, n_k)
+    check(run(*tensors, **options, score_step=step), *tensors, **options, score_step=step)
+
+
 @pytest.mark.parametrize(("name", "n_k"), [("causal", 300), ("window_cut", 41), ("last", 7)])
 def test_as_many_queries_as_are_meant(name: str, n_k: int):
     tensors, options = inputs(torch.float32, 2, 1, 16, n_k, 24), options_for(name, 2, 1, n_k)

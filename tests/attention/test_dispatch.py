@@ -155,9 +155,9 @@ def test_output_lies_in_memory_like_q_and_is_no_alias(n_q: int, n_k: int, layout
 def operator_arguments(options: bool, n_q: int, n_k: int, layout: str) -> tuple[Any, ...]:
     q, k, v = tensors(n_q, n_k, layout).values()
     if not options:
-        return q, k, v, None, False, None, None, None, None, None
+        return q, k, v, None, False, None, None, None, None, None, 1
     positions = torch.arange(n_k).expand(B, G, n_k).contiguous()
-    return q, k, v, 0.3, True, torch.arange(n_k).expand(B, n_k) % 3 > 0, positions, 4, 2.0, 3
+    return q, k, v, 0.3, True, torch.arange(n_k).expand(B, n_k) % 3 > 0, positions, 4, 2.0, 3, 2
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided last dim"])
@@ -206,7 +206,7 @@ def test_compiled_with_options() -> None:
         given = (*tensors(n_q, n_k).values(), torch.rand(B, G, n_k))
         positions = torch.arange(n_k).expand(B, G, n_k).contiguous()
         options = {"key_mask": torch.rand(B, n_k) < 0.7, "key_positions": positions, "sliding_window": window}
-        options |= {"softcap": 1.0 + window, "score_queries": n_q // 2, "scale": 0.1 * window}
+        options |= {"softcap": 1.0 + window, "score_queries": n_q - 1, "score_step": window - 1, "scale": 0.1 * window}
         for got, expected in zip(compiled(*given, **options), layer(*given, **options), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 

@@ -84,6 +84,7 @@ def random_case(seed: int) -> tuple[list[Tensor], dict[str, Any], str]:
            for i, (x, n) in enumerate(zip(heads, (n_q, n_k, n_k), strict=True))]  # fmt: skip
     options: dict[str, Any] = {"is_causal": rng.random() < 0.7, "per_kv_head": rng.random() < 0.3}
     options["score_queries"] = rng.choice([None, None, None, 0, 1, 5, n_q // 2 + 1, 10_000])
+    options["score_step"] = rng.choice([1, 1, 2, 3, 7, 64, 10_000])
     options["scale"] = rng.choice([None, None, 2, -1])
     if options["scale"] is not None:
         options["scale"] *= dim**-0.5
@@ -138,8 +139,9 @@ def check_case(seed: int) -> None:
     of_reference = {name: x for name, x in options.items() if name not in ("per_kv_head", "cumulative_scores")}
     exact, exact_scores = attention_reference(q.double(), k.double(), v.double(), **of_reference)
     visible = seen(q, k, options)
-    n_counted = q.shape[2] if options["score_queries"] is None else options["score_queries"]
-    counted = visible[:, :, max(0, q.shape[2] - n_counted) :]
+    before_last = torch.arange(q.shape[2] - 1, -1, -1, device="cuda")
+    n_last = q.shape[2] if options["score_queries"] is None else options["score_queries"]
+    counted = visible[:, :, (before_last < n_last) & (before_last % options["score_step"] == 0)]
     n_rows, seen_keys = counted.any(-1).sum(-1).double(), counted.any(2)
     if options["per_kv_head"]:
         exact_scores, n_rows = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (exact_scores, n_rows))
@@ -193,6 +195,32 @@ def test_huge_logits(sign: int, n_q: int, dtype: torch.dtype) -> None:
     assert (scores == 0).sum() >= 54 * 2
 
 
+@pytest.mark.parametrize("kernel", ["triton", "hopper"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("n_last", [1, 300, 601])
+@pytest.mark.parametrize("step", [1, 2, 3, 64, 10_000])
+def test_rows_that_do_not_count_are_not_read(step: int, n_last: int, is_causal: bool, kernel: str) -> None:
+    if kernel == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    from cab_attention.kernels.column_sums import column_sums
+    from cab_attention.kernels.forward import triton_forward
+    from cab_attention.kernels.hopper_column_sums import hopper_column_sums
+
+    q, (k, v) = laid_out(randn(2, 4, 601, 64), "transposed"), randn(2, 2, 2, 900, 64, seed=1)
+    nothing: dict[str, Any] = dict(key_mask=None, key_positions=None, sliding_window=None, softcap=None)
+    counted = dict(score_queries=n_last, score_step=step)
+    _, exact_scores = attention_reference(q.double(), k.double(), v.double(), is_causal=is_causal, **counted)
+    _, lse = triton_forward(q, k, v, 64**-0.5, is_causal=is_causal, **nothing)
+    before_last = torch.arange(600, -1, -1, device="cuda")
+    ignored = (before_last >= n_last) | (before_last % step != 0)
+    q[:, :, ignored], lse[:, :, ignored] = torch.nan, torch.nan
+    if kernel == "hopper":
+        scores = hopper_column_sums(q, k, lse, 64**-0.5, is_causal=is_causal, key_mask=None, **counted)
+    else:
+        scores = column_sums(q, k, lse, 64**-0.5, is_causal=is_causal, **nothing, **counted)
+    torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-8)
+
+
 def need(gib: float) -> None:
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < gib * 2**30:
@@ -231,12 +259,18 @@ def n_compiled() -> int:
 
 
 @pytest.mark.parametrize("few", [True, False])
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"key_mask": True, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 50}, {"key_mask": True, "softcap": 3.0}, {"steps": True}, {"last_rows": True}]
+)
 def test_one_variant_for_all_lengths(options: dict[str, Any], few: bool) -> None:
     known = None
     for n_k in range(100, 1150, 21):  # 50 lengths, of all remainders
         q, (k, v) = randn(1, 8, 1 if few else n_k - 3, 64), randn(2, 1, 2, n_k, 64, seed=1)
-        given = dict(options)
+        given = {name: value for name, value in options.items() if name not in ("steps", "last_rows")}
+        if "steps" in options:
+            given["score_step"] = 1 + n_k % 5
+        if "last_rows" in options:
+            given["score_queries"] = n_k // 2
         if "key_mask" in options:
             given["key_mask"] = torch.ones(1, n_k, dtype=torch.bool, device="cuda")
         attend(q, k, v, is_causal=True, **given)
@@ -327,7 +361,7 @@ def test_what_no_kernel_supports_is_refused(n_q: int) -> None:
             attend(q, k, k)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"score_step": 4}])
 @pytest.mark.parametrize(("n_q", "n_k"), [(8192, 8192), (1, 32768), (16, 32768)])
 def test_memory_beyond_the_output(n_q: int, n_k: int, options: dict[str, Any]) -> None:
     need(2)

@@ -1,4 +1,5 @@
 import math
+import random
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor
 from cab_attention import flash_attention_with_cumulative_scores as attend
 from cab_attention.kernels import blockwise
 from cab_attention.kernels.reference import attention_reference
+from cab_attention.transformers_attention import _eager_operator
+from tests.tiny_models import tiny_model
 
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -26,6 +29,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "score_1": {"score_queries": 1, "is_causal": True},
     "score_5": {"score_queries": 5, "is_causal": True},
     "score_many": {"score_queries": 1000, "is_causal": True},
+    "step_2": {"score_step": 2, "is_causal": True},
+    "step_7": {"score_step": 7},
+    "step_3_of_5": {"score_step": 3, "score_queries": 5, "is_causal": True},
+    "step_many": {"score_step": 1000, "score_queries": 4, "is_causal": True},
+    "step_of_none": {"score_step": 2, "score_queries": 0},
+    "all_step": {"is_causal": True, "sliding_window": 60, "key_positions": True, "key_mask": 3, "softcap": 2.0}
+    | {"score_queries": 50, "score_step": 4, "scale": 0.3},
 }
 
 
@@ -55,6 +65,11 @@ def options_for(name: str, k: Tensor) -> dict[str, Any]:
     return options
 
 
+def counted_rows(n_q: int, score_queries: int | None = None, score_step: int = 1) -> list[int]:
+    first = 0 if score_queries is None else n_q - score_queries
+    return [row for row in range(n_q) if row >= first and (n_q - 1 - row) % score_step == 0]
+
+
 def by_loops(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     """Output and scores, one query and one key at a time in Python floats."""
     (n_batch, n_heads, n_q, dim), (_, n_kv_heads, n_k, _) = q.shape, k.shape
@@ -74,7 +89,7 @@ def by_loops(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Ten
         for j, weight in weights.items():
             share = weight / sum(weights.values())
             output[b, h, i] += share * v[b, g, j]
-            if before_last < given.get("score_queries", n_q):
+            if before_last < given.get("score_queries", n_q) and before_last % given.get("score_step", 1) == 0:
                 scores[b, h, j] += share
     return output, scores
 
@@ -110,6 +125,70 @@ def test_reference_is_the_definition(name: str, n_q: int, n_k: int) -> None:
     options = options_for(name, k)
     for got, expected in zip(attention_reference(q, k, v, **options), by_loops(q, k, v, **options), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("counted", "expected"),
+    [
+        ({"score_step": 1}, [25 / 12, 13 / 12, 7 / 12, 1 / 4]),
+        ({"score_step": 2}, [3 / 4, 3 / 4, 1 / 4, 1 / 4]),  # the rows of two keys and of four
+        ({"score_step": 3}, [5 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ({"score_step": 4}, [1 / 4] * 4),
+        ({"score_step": 2**40}, [1 / 4] * 4),
+        ({"score_step": 2, "score_queries": 3}, [3 / 4, 3 / 4, 1 / 4, 1 / 4]),
+        ({"score_step": 3, "score_queries": 3}, [1 / 4] * 4),
+        ({"score_step": 2, "score_queries": 2}, [1 / 4] * 4),
+        ({"score_step": 3, "score_queries": 9}, [5 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ({"score_step": 2, "score_queries": 0}, [0.0] * 4),
+    ],
+)
+def test_steps_by_hand(counted: dict[str, int], expected: list[float]) -> None:
+    """Equal logits, causal: the four rows give 1, 1/2, 1/3 and 1/4 to each key that they see."""
+    q = k = torch.zeros(1, 1, 4, 8)
+    for operator in (attend, attention_reference):
+        torch.testing.assert_close(operator(q, k, k, is_causal=True, **counted)[1], torch.tensor([[expected]]))
+
+
+def random_options(rng: random.Random, k: Tensor, n_q: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(rng.randrange(10**6))
+    options: dict[str, Any] = {"is_causal": rng.random() < 0.7, "score_step": rng.choice([1, 2, 3, 7, 64])}
+    options["score_queries"] = rng.choice([None, rng.randint(0, n_q), n_q // 2 + 1])
+    if rng.random() < 0.4:
+        shape = k.shape[:3] if rng.random() < 0.5 else (k.shape[0], k.shape[2])
+        options["key_mask"] = torch.rand(shape, generator=generator) < 0.67
+    if options["is_causal"] and rng.random() < 0.5:
+        options["sliding_window"] = rng.choice([1, 5, 40])
+        if rng.random() < 0.5:
+            options["key_positions"] = torch.randint(1, 4, k.shape[:3], generator=generator).cumsum(-1)
+    if rng.random() < 0.3:
+        options["softcap"] = 2.0
+    return options
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_steps_in_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setitem(blockwise.MAX_LOGITS, "cpu", rng.choice([1, 700, 4000, 2**22]))
+    n_q, n_k = rng.choice([1, 2, 9, 33, 70]), rng.choice([1, 9, 33, 70])
+    q, k, v = inputs(n_q, n_k, rng.choice(list(HEADS)), dim=8, dtype=torch.float64)
+    options = random_options(rng, k, n_q)
+    output, scores = attend(q, k, v, **options)
+    exact, exact_scores = attention_reference(q, k, v, **options)
+    torch.testing.assert_close(output, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores, exact_scores.float(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_model_s_own_eager_attention_scores_the_same_rows(seed: int) -> None:
+    module, rng = tiny_model("llama", "eager").model.layers[0].self_attn, random.Random(seed)
+    n_q, n_k = rng.choice([1, 9, 33]), rng.choice([9, 33])
+    q, k, v = inputs(n_q, n_k, "mha", dim=8)
+    k, v = k[:, :: module.num_key_value_groups], v[:, :: module.num_key_value_groups]
+    options = random_options(rng, k, n_q) | {"softcap": None}  # Llama's has none
+    output, scores = _eager_operator(module, q, k, v, scale=8**-0.5, **options)
+    exact, exact_scores = attention_reference(q.double(), k.double(), v.double(), **options)
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -172,7 +251,7 @@ def test_scores_sum_to_the_rows_that_count(name: str, n_q: int, n_k: int) -> Non
     # With equal logits and values of one, an output of 1 tells the rows, and a score > 0 the keys, that are seen.
     ones, seen = attention_reference(0 * q.double(), 0 * k.double(), 0 * v.double() + 1, **options)
     sees = ones[..., 0] > 0.5
-    counted = sees[:, :, max(0, n_q - options.get("score_queries", n_q)) :]
+    counted = sees[:, :, counted_rows(n_q, options.get("score_queries"), options.get("score_step", 1))]
     torch.testing.assert_close(scores.sum(-1), counted.sum(-1).float(), rtol=1e-5, atol=0)
     assert (scores >= 0).all() and torch.equal(scores == 0, seen == 0)
     assert torch.equal(output[~sees], torch.zeros_like(output[~sees])) and (output[sees] != 0).all()
