@@ -17,7 +17,21 @@ from cab_attention.kernels.flash_attention_accumulate import (
     replace_attention_with_flash,
 )
 from cab_attention.kernels.tuning import tune_kernels
-from cab_attention.methods import CAB, H2O, TOVA, Full, Method, Random, SnapKV, StreamingLLM
+from cab_attention.methods import (
+    CAB,
+    H2O,
+    TOVA,
+    AdaKV,
+    ExpectedAttention,
+    Full,
+    KeyDiff,
+    KeyNorm,
+    Method,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 from cab_attention.shared_prefill import SharedPrefill
 from cab_attention.transformers_attention import register
 
@@ -27,12 +41,17 @@ __all__ = [
     "CAB",
     "H2O",
     "TOVA",
+    "AdaKV",
     "AttentionImplementation",
     "Budget",
     "EvictingCache",
+    "ExpectedAttention",
     "FlashAttentionWithAccumulation",
     "Full",
+    "KeyDiff",
+    "KeyNorm",
     "Method",
+    "PyramidKV",
     "Random",
     "SharedPrefill",
     "SnapKV",

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from cab_attention.cache_layer import CANNOT_GO_BACK, IMPLEMENTATIONS, EvictingLayer, Prompt
+from cab_attention.cache_layer import CANNOT_GO_BACK, IMPLEMENTATIONS, EvictingLayer
 from cab_attention.methods.base import Method
+from cab_attention.prompt import Prompt
 
 
 class EvictingCache(Cache):
@@ -50,12 +51,21 @@ class EvictingCache(Cache):
         ids = (sample_ids,) if isinstance(sample_ids, str) else tuple(sample_ids) if sample_ids else None
         self.prompt = Prompt(prompt_tokens, compress_at, ids)
         self.method = method
-        super().__init__(
-            layers=[
-                EvictingLayer(method, self.prompt, index, window, _rope_switch(config))  # type: ignore[misc]
-                for index, window in enumerate(_sliding_windows(config))
-            ]
-        )
+        windows = _sliding_windows(config)
+        for option in ("granularity", "positions"):
+            value = getattr(method, option)
+            if value in ("model", "compacted") and any(windows):
+                raise ValueError(
+                    f"{option}={value!r} needs full attention in every layer, {config.model_type} has some that slide"
+                )
+        layers: list[EvictingLayer] = []
+        for index, window in enumerate(windows):
+            # Only the last layer knows the others: a reference cycle would keep the cache's memory.
+            earlier = tuple(layers) if method.granularity == "model" and index == len(windows) - 1 else ()
+            layers.append(
+                EvictingLayer(method, self.prompt, index, window, _rope_switch(config), earlier, len(windows))
+            )
+        super().__init__(layers=layers)  # type: ignore[arg-type]
 
     @property
     def cache_bytes(self) -> int:

@@ -1,14 +1,20 @@
 """One layer of an EvictingCache: its keys, where they stood, and the cut right after its attention."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from cab_attention.methods.base import CachedKeys, Method, select_slots
+from cab_attention.cut import gather_slots, set_apart, slots_to_keep
+from cab_attention.key_store import KeyStore
+from cab_attention.methods.base import CachedKeys, Method
+from cab_attention.observation import Observation
+from cab_attention.prompt import Prompt, RowBudgets
+from cab_attention.rotary import Rotary
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 """Attention with the signature of `flash_attention_with_cumulative_scores`."""
@@ -22,48 +28,21 @@ CANNOT_GO_BACK = (
 )
 
 
-@dataclass
-class Prompt:
-    """Where the prompt ends, in tokens (columns of `input_ids`, padding included). Shared by a cache's layers."""
-
-    tokens: int | None
-    compress_at: int | None
-    sample_ids: tuple[str, ...] | None
-    first_forward: int | None = None
-
-    def fix(self, seen: int) -> tuple[int, int]:
-        """(tokens, compress_at), the first forward being the whole prompt unless it was said otherwise."""
-        if self.first_forward is None:
-            self.first_forward = seen
-        tokens = self.first_forward if self.tokens is None else self.tokens
-        return tokens, tokens if self.compress_at is None else self.compress_at
-
-    def ids(self, n_batch: int) -> tuple[str, ...]:
-        """A sample id a row: those given, each for as many rows as it has beams, or "" for all."""
-        given = self.sample_ids or ("",)
-        if n_batch % len(given):
-            raise ValueError(f"EvictingCache got {len(given)} sample ids for a batch of {n_batch}")
-        return tuple(name for name in given for _ in range(n_batch // len(given)))  # beams of a row lie together
-
-
 class EvictingLayer(CacheLayerMixin):
     """The kept keys of one layer.
 
     Attributes:
-        keys, values: [B, G, kept, D].
+        keys, values: [B, G, kept, D]; laid out anew at each look where heads keep different numbers.
         positions: int64 [B, G, kept], original positions in order (columns of `input_ids`), -1 for an empty slot, at
             the front.
-        scores: float32 [B, G, kept], what the method observed so far; None if it observes nothing.
+        scores: float32 [B, G, kept], what the method observed so far; None if it observes no weights.
         seen: tokens that went through, kept or not.
     """
 
     is_compileable = False
     is_croppable = False
     supports_early_init = False
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    _budget: Tensor  # [B, 1, 1] in tokens, set at the first cut
+    _store: KeyStore
     _n_real: Tensor  # [B], real tokens seen
 
     def __init__(
@@ -73,8 +52,13 @@ class EvictingLayer(CacheLayerMixin):
         layer_index: int,
         sliding_window: int | None,
         rope_switch: int | None = None,
+        earlier_layers: Sequence["EvictingLayer"] = (),
+        n_layers: int = 1,
     ) -> None:
-        super().__init__()
+        """`earlier_layers`: what the last layer cuts together with itself (`granularity="model"`)."""
+        # Not the parent's: it would set keys and values, which are looked up here.
+        self.earlier_layers = earlier_layers
+        self.n_layers = n_layers
         self.rope_switch = rope_switch
         self.method = method
         self.prompt = prompt
@@ -85,20 +69,33 @@ class EvictingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new sequence."""
-        self.keys = self.values = self.positions = None  # type: ignore[assignment]
-        self.scores: Tensor | None = None
-        self.seen = 0
+        self._store = self._n_real = None  # type: ignore[assignment]
         self.is_initialized = False
-        self._has_empty_slots = False
+        self.seen = 0
         self._awaits_attention = False
-        self._recent_queries: Tensor | None = None  # of a prompt fed in chunks, for methods that observe a window
-        self._budget = self._n_real = None  # type: ignore[assignment]
-        self._width = 0  # tokens, of the row with the largest budget
+        self._observation = Observation(self.method)
+        self._rotary: Rotary | None = None  # made at the first forward, where the method needs it
+        self._budget: RowBudgets | None = None  # set at the first cut
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._store is None else self._store.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._store is None else self._store.values
+
+    @property
+    def positions(self) -> Tensor:
+        return self._store.positions
+
+    @property
+    def scores(self) -> Tensor | None:
+        return self._observation.scores
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.positions = torch.empty(*key_states.shape[:2], 0, dtype=torch.int64, device=self.device)
+        self._store = KeyStore(key_states, value_states)
         self._n_real = torch.zeros(len(key_states), dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
@@ -111,31 +108,27 @@ class EvictingLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        n_batch, n_heads, n_new, _ = key_states.shape
+        n_new = key_states.shape[2]
         if self.rope_switch is not None and 0 < self.seen <= self.rope_switch < self.seen + n_new:
             raise ValueError(
                 f"the sequence runs over position {self.rope_switch}, where this model changes its RoPE factors and "
                 "what is cached goes stale: keep prompt and answer on one side, or feed the whole prompt at once"
             )
-        new_positions = torch.arange(self.seen, self.seen + n_new, device=self.device)
-        new_positions = new_positions.expand(n_batch, n_heads, n_new)
-        if self.keys.shape[2] == 0:
-            self.keys, self.values, self.positions = key_states, value_states, new_positions
-        else:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-            self.positions = torch.cat([self.positions, new_positions], dim=2)
+        self._store.append(key_states, value_states, self.seen)
         self.seen += n_new
         self._awaits_attention = True
         # A view: were the stored tensor itself to point here, tensor and layer would hold each other.
-        keys = self.keys.view(self.keys.shape)
+        keys = self._store.keys.view(self._store.keys.shape)
         keys.evicting_layer = self  # type: ignore[attr-defined]
-        return keys, self.values
+        return keys, self._store.values
 
-    def attend(self, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any) -> Tensor:
+    def attend(
+        self, module: nn.Module, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any
+    ) -> Tensor:
         """Attention of the new queries over what is cached, then the eviction that the method asks for.
 
         Args:
+            module: the model's attention module, which knows how the model rotates keys.
             operator: computes output and scores.
             query: [B, H, Q, D].
             padding: bool [B, >= Q], its last Q columns False where a new token is padding; None if there is none.
@@ -150,173 +143,165 @@ class EvictingLayer(CacheLayerMixin):
                 f"layer {self.layer_index} has a sliding window of {self.sliding_window} in the model's config, but "
                 f"its attention asked for {options.get('sliding_window')}: EvictingCache cannot serve this model"
             )
-        n_new = query.shape[2]
-        self._mark_padding(padding, n_new)
+        n_new, method = query.shape[2], self.method
+        real = None if padding is None else padding[:, -n_new:]
+        self._take_padding(real, n_new)
         before, (prompt_tokens, compress_at) = self.seen - n_new, self.prompt.fix(self.seen)
-        self._check_step(before, n_new, prompt_tokens, compress_at)
+        if method.evicts:
+            self.prompt.check_step(before, self.seen)
+            if self._rotary is None and (method.positions == "compacted" or method.observes == "queries"):
+                self._rotary = Rotary(module)
+        keys, values = self._keys_as_seen(), self._store.values
 
-        def observe(query: Tensor, rows: int | None, earlier: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def attend_to(
+            query: Tensor, score_queries: int | None, earlier: Tensor | None = None, *, step: int = 1, hidden: int = 0
+        ) -> tuple[Tensor, Tensor]:
+            there = slice(keys.shape[2] - hidden)
+            positions = self.positions[:, :, there]
             return operator(
                 query,
-                self.keys,
-                self.values,
+                keys[:, :, there],
+                values[:, :, there],
                 earlier,
-                key_mask=self.positions >= 0 if self._has_empty_slots else None,
-                key_positions=self.positions if self.sliding_window is not None else None,
-                score_queries=rows,
+                key_mask=positions >= 0 if self._store.has_empty_slots else None,
+                key_positions=positions if self.sliding_window is not None else None,
+                score_queries=score_queries,
+                score_step=step,
                 per_kv_head=True,
                 **options,
             )
 
-        method, cut_now = self.method, self.seen == compress_at
-        decoding = before >= prompt_tokens
-        cuts = method.evicts and (cut_now or (decoding and method.evicts_in_decode))
-        if not method.evicts or method.observes == "nothing":
-            output, _ = observe(query, 0)
-        elif method.observes == "all":
-            output, self.scores = observe(query, None, self.scores)
-        elif method.observes == "last":
-            output, self.scores = observe(query, 1 if cuts else 0)
-        else:
-            output = self._observe_window(observe, query, before, compress_at)
+        cut_prompt = self.seen == compress_at or (self.seen < compress_at and method.evict_in_prefill == "chunk")
+        due = before >= prompt_tokens and (self.seen - prompt_tokens) % method.evict_every == 0
+        cuts = method.evicts and (cut_prompt or (due and method.evicts_in_decode))
+        output = self._observation.attend(attend_to, query, before=before, compress_at=compress_at, cuts=cuts)
+        if self._rotary is not None and method.observes == "queries" and self.seen <= compress_at:
+            place = torch.arange(before, self.seen, device=query.device) - (self.seen - self._n_real)[:, None]
+            self._observation.take_moments(self._rotary, query, place, real)
         if cuts:
-            self._evict(after_cut=range(compress_at, compress_at if cut_now else prompt_tokens))
-            if not method.evicts_in_decode:
-                self.scores = None  # they have done their work
+            self._cut(range(compress_at, compress_at if cut_prompt else prompt_tokens), options.get("scale"))
         elif self.sliding_window is not None:
-            self._drop_out_of_window(self.sliding_window - 1 + self._kept_for_later_scores(compress_at))
-        if before == 0:  # a view into a larger tensor (a fused projection) must not keep that alive
-            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+            waiting = self._observation.reach_of_waiting_queries(self.seen, compress_at)
+            self._drop_out_of_window(self.sliding_window - 1 + waiting)
+        if before == 0:
+            self._store.own()
+        if method.budgets_vary_by_head and self._store.has_gaps and self.sliding_window is None:
+            self._store.pack()
         return output
 
-    def _mark_padding(self, padding: Tensor | None, n_new: int) -> None:
-        if padding is None:
+    def _keys_as_seen(self) -> Tensor:
+        """The keys at the positions where attention sees them."""
+        keys = self._store.keys
+        if self.method.positions == "original" or not self._store.has_gaps:
+            return keys
+        assert self._rotary is not None
+        # Stored keys stay as they came: moved anew from there each time, they are rounded once, not once a step.
+        from_end = torch.arange(keys.shape[2] - 1, -1, -1, device=keys.device)
+        moved = (self.seen - 1 - from_end - self.positions).masked_fill(self.positions < 0, 0)
+        return self._rotary.rotate(keys, moved)
+
+    def _take_padding(self, is_real: Tensor | None, n_new: int) -> None:
+        if is_real is None:
             self._n_real = self._n_real + n_new
             return
-        is_real = padding[:, -n_new:]
         if n_new > 1 and self.layer_index == 0:  # reading it waits for the GPU: once a prefill
             goes_back = (is_real[:, 1:] < is_real[:, :-1]).any() | ((self._n_real > 0) & ~is_real[:, 0]).any()
             if bool(goes_back):
                 raise ValueError("EvictingCache takes left padding only: a row has padding after a token")
-        new_positions = torch.where(is_real[:, None], self.positions[:, :, -n_new:], -1)
-        self.positions = torch.cat([self.positions[:, :, :-n_new], new_positions], dim=2)
+        self._store.empty_padding(is_real)
         self._n_real = self._n_real + is_real.sum(-1)
-        self._has_empty_slots = True
-
-    def _check_step(self, before: int, n_new: int, prompt_tokens: int, compress_at: int) -> None:
-        if not self.method.evicts:
-            return
-        for name, end in (("compress_at", compress_at), ("prompt_tokens", prompt_tokens)):
-            if before < end < self.seen:
-                raise ValueError(f"a forward from token {before} to {self.seen} runs over {name}={end}: split it there")
-        if n_new > 1 and before >= prompt_tokens:
-            raise ValueError(
-                f"a forward of {n_new} tokens after the prompt of {prompt_tokens}: for a prompt fed in chunks, or text "
-                "that follows a compressed context, give EvictingCache(prompt_tokens=..., compress_at=...)"
-            )
-
-    def _observe_window(self, observe: Operator, query: Tensor, before: int, compress_at: int) -> Tensor:
-        """Scores of the window's queries, also when the prompt came in chunks shorter than the window."""
-        window = self.method.observation_window()
-        if self.seen > compress_at:
-            return observe(query, 0)[0]
-        if self.seen == compress_at and (before == 0 or query.shape[2] >= window):
-            output, self.scores = observe(query, window)
-            self._recent_queries = None
-            return output
-        output, _ = observe(query, 0)
-        earlier = [] if self._recent_queries is None else [self._recent_queries]
-        # Cloned: a view would keep the whole chunk alive.
-        self._recent_queries = torch.cat([*earlier, query[:, :, -window:]], dim=2)[:, :, -window:].clone()
-        if self.seen == compress_at:
-            _, self.scores = observe(self._recent_queries, None)
-            self._recent_queries = None
-        return output
-
-    def _kept_for_later_scores(self, compress_at: int) -> int:
-        """Keys before the sliding window that the observed queries, still to be scored, can see."""
-        waiting = self.method.evicts and self.method.observes == "window" and self.seen < compress_at
-        return self.method.observation_window() if waiting else 0
 
     def _drop_out_of_window(self, reach: int) -> None:
-        """Empty the slots of keys before the last `reach` positions, and free the slots surely empty."""
-        if self.seen <= reach:
-            return
-        self.positions = torch.where(self.positions >= self.seen - reach, self.positions, -1)
-        self._has_empty_slots = True
-        # Positions rise strictly, so only the last `reach` slots can hold a key of the window.
-        if self.keys.shape[2] > reach:
-            last = slice(self.keys.shape[2] - reach, None)
-            self.keys = self.keys[:, :, last].contiguous()
-            self.values = self.values[:, :, last].contiguous()
-            self.positions = self.positions[:, :, last]
-            self.scores = None if self.scores is None else self.scores[:, :, last]
+        """Let go of keys before the last `reach` positions."""
+        if self.seen > reach:
+            left = self._store.drop_before(self.seen - reach, reach)
+            if left is not None:
+                self._observation.select_slots(lambda scores: scores[:, :, left])
 
-    def _evict(self, after_cut: range) -> None:
-        """Cut to the budget; the part of the prompt in `after_cut` stays in full, on top of it, out of competition."""
+    def _cut(self, after_cut: range, scale: float | None) -> None:
+        """Cut this layer to the budget; the last layer cuts all of them where they choose together.
+
+        The part of the prompt in `after_cut` stays in full, on top of the budget and out of competition.
+        """
+        layers: list[EvictingLayer] = [self]
+        if self.method.granularity == "model":
+            if self.layer_index < self.n_layers - 1:
+                return
+            layers = [*self.earlier_layers, self]
+        contests = [layer._contest(after_cut, scale) for layer in layers]
+        present = [contest for contest in contests if contest is not None]
+        if present:  # layers that choose together hold alike: all of them, or none
+            slots = slots_to_keep(self.method, [contest.cached for contest in present], present[-1].width)
+            for layer, contest in zip(layers, present, strict=True):
+                layer._keep(slots.expand(-1, layer.positions.shape[1], -1), contest)
+        if not self.method.evicts_in_decode and self.seen >= self.prompt.fix(self.seen)[1]:
+            for layer in layers:
+                layer._observation.forget()
+
+    def _contest(self, after_cut: range, scale: float | None) -> "_Contest | None":
+        """The keys that compete for the budget; None if there is room for all."""
         window = self.sliding_window
         if window is not None:
             self._drop_out_of_window(window - 1)
             after_cut = range(max(after_cut.start, self.seen - (window - 1)), after_cut.stop)
-        if self._budget is None:
-            self._set_budget()
-        n_pinned, n_slots = len(after_cut), self.keys.shape[2]
-        budget, width = self._budget, self._width
+        if self._budget is None or not self._budget.is_final:  # a fraction may be of more than was seen so far
+            n_to_come = max(0, self.prompt.fix(self.seen)[1] - self.seen)
+            self._budget = RowBudgets.resolve(self.method.parsed_budget, self._n_real, n_to_come)
+        n_pinned, budget, width = len(after_cut), self._budget.tokens, self._budget.most
         if window is not None:
             budget, width = budget.clamp(max=window - 1 - n_pinned), min(width, window - 1 - n_pinned)
-        if n_slots <= width + n_pinned and not self._has_empty_slots:
-            return  # nothing to drop
-
-        keys, positions, scores = self.keys, self.positions, self.scores
+        if self.positions.shape[2] <= width + n_pinned and not self._store.has_empty_slots:
+            return None
+        keys, values, positions, scores = self._keys_as_seen(), self._store.values, self.positions, self.scores
+        pinned = competing = None
         if n_pinned:
-            is_pinned = (positions >= after_cut.start) & (positions < after_cut.stop)
-            pinned_first = is_pinned.int().argsort(dim=-1, descending=True, stable=True)
-            pinned, competing = pinned_first[..., :n_pinned], pinned_first[..., n_pinned:]
-            keys, positions = _gather(keys, competing), positions.gather(2, competing)
+            pinned, competing = set_apart(positions, after_cut)
+            keys, values = gather_slots(keys, competing), gather_slots(values, competing)
+            positions = positions.gather(2, competing)
             scores = None if scores is None else scores.gather(2, competing)
         cached = CachedKeys(
             keys=keys,
+            values=values,
             positions=positions,
             scores=scores,
             budget=budget,
+            queries=partial(self._queries_to_come, scale) if self.method.observes == "queries" else None,
             layer_index=self.layer_index,
-            sample_ids=self.prompt.ids(self.keys.shape[0]),
+            n_layers=self.n_layers,
+            sample_ids=self.prompt.ids(len(positions)),
         )
-        slots = select_slots(self.method.priorities(cached), cached.valid, budget, width)
-        if n_pinned:
-            slots = torch.where(slots < 0, -1, competing.gather(2, slots.clamp(min=0)))
-            slots = torch.cat([slots, pinned], dim=2).sort(dim=-1).values
-        source = slots.clamp(min=0)
-        self.keys = _gather(self.keys, source)
-        self.values = _gather(self.values, source)
-        self.positions = self.positions.gather(2, source).masked_fill(slots < 0, -1)
-        if self.scores is not None:
-            self.scores = self.scores.gather(2, source).masked_fill(slots < 0, 0.0)
+        return _Contest(cached, width, pinned, competing)
 
-    def _set_budget(self) -> None:
-        """Resolve the budget, once, on the real tokens of each row when the cache is first cut."""
-        budget = self.method.parsed_budget
-        if isinstance(budget.value, int):
-            rows = [budget.value] * self.keys.shape[0]
-        else:
-            rows = [budget.tokens(n) for n in self._n_real.tolist()]
-        self._budget = torch.tensor(rows, device=self.device)[:, None, None]
-        self._width = max(rows) if rows else 0
+    def _queries_to_come(self, scale: float | None, n: int) -> tuple[Tensor, Tensor]:
+        assert self._rotary is not None
+        moments, dim = self._observation.moments(), self._store.keys.shape[3]
+        mean, covariance = self._rotary.rotate_moments(moments.mean, moments.covariance, self._n_real, n)
+        factor = 1.0 if scale is None else scale * dim**0.5
+        return mean * factor, covariance * factor**2
+
+    def _keep(self, slots: Tensor, contest: "_Contest") -> None:
+        """Keep the slots [B, G, W] of those that competed (-1: none), and the pinned."""
+        if contest.pinned is not None and contest.competing is not None:
+            slots = torch.where(slots < 0, -1, contest.competing.gather(2, slots.clamp(min=0)))
+            slots = torch.cat([slots, contest.pinned], dim=2).sort(dim=-1).values
+        self._store.keep(slots)
+        self._observation.select_slots(lambda scores: scores.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, 0.0))
 
     @property
     def budget_tokens(self) -> list[int] | None:
         """The budget in tokens, a row; None before the first cut."""
-        return None if self._budget is None else self._budget.flatten().tolist()
+        return None if self._budget is None else self._budget.tokens.flatten().tolist()
 
     @property
     def cache_bytes(self) -> int:
         """Storage of K and V in bytes."""
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+        return 0 if self._store is None else self._store.nbytes
 
     @property
     def bookkeeping_bytes(self) -> int:
-        """Storage of positions and scores in bytes."""
-        return sum(tensor.nbytes for tensor in (self.positions, self.scores) if tensor is not None)
+        """Storage of positions, scores and what says which key is whose, in bytes."""
+        scores = 0 if self.scores is None else self.scores.nbytes
+        return scores if self._store is None else scores + self._store.bookkeeping_bytes
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -328,10 +313,12 @@ class EvictingLayer(CacheLayerMixin):
         return -1
 
     def _select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
-        for name in ("keys", "values", "positions", "scores", "_recent_queries", "_budget", "_n_real"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, select(tensor))
+        if self._store is not None:
+            self._store.select_rows(select)
+            self._n_real = select(self._n_real)
+        if self._budget is not None:
+            self._budget = replace(self._budget, tokens=select(self._budget.tokens))
+        self._observation.select_rows(select)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -346,5 +333,17 @@ class EvictingLayer(CacheLayerMixin):
         raise ValueError(CANNOT_GO_BACK)
 
 
-def _gather(tensor: Tensor, slots: Tensor) -> Tensor:
-    return tensor.gather(2, slots[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+@dataclass(frozen=True)
+class _Contest:
+    """The keys of a layer that compete for its budget.
+
+    Attributes:
+        cached: they.
+        width: slots to keep, where the method gives every layer and head the same.
+        pinned, competing: slots [B, G, .] of the layer, where some of its keys do not compete.
+    """
+
+    cached: CachedKeys
+    width: int
+    pinned: Tensor | None
+    competing: Tensor | None

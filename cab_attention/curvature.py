@@ -4,6 +4,7 @@ Everything is over blocks x blocks; nothing is ever built over tokens x tokens.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def block_representatives(keys: Tensor, valid: Tensor, block_size: int) -> tuple
     n_blocks = -(-n_keys // block_size)
     empty = n_keys - valid.sum(-1, keepdim=True)
     slot = torch.arange(n_blocks * block_size, device=keys.device) + empty  # [B, G, M * block_size]
-    norms = keys.float().norm(dim=-1).gather(-1, slot.clamp(max=n_keys - 1))
+    norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).gather(-1, slot.clamp(max=n_keys - 1))
     norms = norms.masked_fill(slot >= n_keys, -1.0).unflatten(-1, (n_blocks, block_size))
     first = torch.arange(n_blocks, device=keys.device) * block_size + empty
     chosen = (first + norms.argmax(-1)).clamp(max=n_keys - 1)  # of equal norms the lowest position
@@ -42,37 +43,79 @@ def block_log_weights(representatives: Tensor, exists: Tensor) -> Tensor:
     representatives float32 [B, G, M, D], exists bool [B, G, M] -> [B, G, M, M], -inf off pairs of two existing blocks.
     """
     n_blocks, dim = representatives.shape[2:]
-    logits = representatives @ representatives.mT * dim**-0.5
+    logits = (representatives * dim**-0.5) @ representatives.mT
     itself = torch.eye(n_blocks, dtype=torch.bool, device=logits.device)
-    pair = exists[..., :, None] & exists[..., None, :] & ~itself
-    log_attention = logits.masked_fill(~pair, -torch.inf).log_softmax(-1).masked_fill(~pair, -torch.inf)
-    return torch.logaddexp(log_attention, log_attention.mT) - math.log(2)
+    no_pair = ~(exists[..., :, None] & exists[..., None, :]) | itself
+    log_attention = logits.masked_fill_(no_pair, -torch.inf).log_softmax(-1).masked_fill_(no_pair, -torch.inf)
+    return torch.logaddexp(log_attention, log_attention.mT).sub_(math.log(2))
 
 
-def neighbour_graph(log_weights: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """Adjacency, float 0/1 [B, G, M, M]: each block's strongest neighbours, made symmetric."""
-    n_blocks = log_weights.shape[-1]
-    # Not topk: of equal weights it takes any.
-    strongest = log_weights.sort(dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n_blocks)]
-    edges = torch.zeros_like(log_weights).scatter_(-1, strongest, 1.0) * (log_weights > -torch.inf)
-    return torch.maximum(edges, edges.mT)
+@dataclass(frozen=True)
+class BlockGraph:
+    """Edges from each block to the blocks that it is tied to most, taken both ways.
 
-
-def forman_curvature(adjacency: Tensor) -> Tensor:
-    """Augmented Forman-Ricci curvature of each edge: 4 - deg(a) - deg(c) + 3 x (triangles through it), 0 off edges.
-
-    The unweighted form with triangles as faces: Samal et al. 2018, Scientific Reports 8, 8650.
+    Attributes:
+        strongest: int64 [B, G, M, n], each block's strongest neighbours; the block itself where there are no more.
+        weights: float32 [B, G, M, n], W of those edges; 0 where there is none.
+        chosen: bool [B, G, M, M], the row's block has the column's among its strongest.
     """
-    degree = adjacency.sum(-1)
-    triangles = adjacency @ adjacency
-    return (4 - degree[..., :, None] - degree[..., None, :] + 3 * triangles) * adjacency
 
+    strongest: Tensor
+    weights: Tensor
+    chosen: Tensor
 
-def block_values(edge_values: Tensor, weights: Tensor, adjacency: Tensor) -> Tensor:
-    """A block's value [B, G, M]: the mean of its edges' values, weighted by W."""
-    edge_weights = weights * adjacency
-    total = (edge_weights * edge_values).sum(-1)
-    return total / edge_weights.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
+    @classmethod
+    def of(cls, log_weights: Tensor, neighbours: int = NEIGHBOURS) -> "BlockGraph":
+        """From log W [B, G, M, M]; of equal weights the lower block's edge is taken."""
+        left = log_weights.clone()
+        itself = torch.arange(left.shape[-1], device=left.device)[:, None]
+        strongest, weights = [], []
+        for _ in range(min(neighbours, left.shape[-1])):  # a few maxima cost less than a sort
+            highest, block = left.max(-1, keepdim=True)
+            left.scatter_(-1, block, -torch.inf)
+            strongest.append(torch.where(highest > -torch.inf, block, itself))
+            weights.append(highest)
+        edges, log_w = torch.cat(strongest, dim=-1), torch.cat(weights, dim=-1)
+        chosen = torch.zeros_like(left, dtype=torch.bool).scatter_(-1, edges, log_w > -torch.inf)
+        return cls(edges, log_w.exp(), chosen)
+
+    @property
+    def adjacency(self) -> Tensor:
+        """Bool [B, G, M, M], symmetric."""
+        return self.chosen | self.chosen.mT
+
+    def forman_curvature(self) -> Tensor:
+        """Augmented Forman-Ricci curvature [B, G, M, n] of each edge: 4 - deg(a) - deg(c) + 3 x (triangles through it).
+
+        The unweighted form with triangles as faces: Samal et al. 2018, Scientific Reports 8, 8650. No meaning where
+        there is no edge.
+        """
+        adjacency = self.adjacency
+        degree = adjacency.sum(-1, keepdim=True)
+        curvatures = []
+        for other in self.strongest.split(1, dim=-1):  # O(n M^2) where the square of the matrix would take O(M^3)
+            triangles = (adjacency & adjacency.gather(-2, other.expand_as(adjacency))).sum(-1, keepdim=True)
+            curvatures.append(4 - degree - degree.gather(-2, other) + 3 * triangles)
+        return torch.cat(curvatures, dim=-1).float()
+
+    def detours(self, all_weights: Tensor) -> Tensor:
+        """Two-hop paths [B, G, M, n] between the ends of each edge: W @ W there. all_weights: W [B, G, M, M]."""
+        paths = [
+            (all_weights * all_weights.gather(-2, other.expand_as(all_weights))).sum(-1, keepdim=True)
+            for other in self.strongest.split(1, dim=-1)
+        ]
+        return torch.cat(paths, dim=-1)
+
+    def mean_by_block(self, values: Tensor) -> Tensor:
+        """A block's value [B, G, M]: the mean of its edges' values [B, G, M, n], weighted by W."""
+        # An edge that both ends chose is in both lists; one that only the other end chose is brought over.
+        one_way = ~self.chosen.mT.gather(-1, self.strongest)
+
+        def total(of_edges: Tensor) -> Tensor:
+            brought = torch.zeros_like(self.chosen, dtype=torch.float32)
+            return of_edges.sum(-1) + brought.scatter_(-1, self.strongest, of_edges * one_way).sum(-2)
+
+        return total(self.weights * values) / total(self.weights).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def bridge_order_by_curvature(log_weights: Tensor) -> Tensor:
@@ -80,9 +123,9 @@ def bridge_order_by_curvature(log_weights: Tensor) -> Tensor:
 
     An edge between two communities closes no triangles, so its curvature is low.
     """
-    adjacency = neighbour_graph(log_weights)
+    graph = BlockGraph.of(log_weights)
     # Curvatures are small integers: blocks whose edges share one must tie, whatever the rounding of the weights.
-    return block_values(forman_curvature(adjacency), log_weights.exp(), adjacency).round(decimals=4)
+    return graph.mean_by_block(graph.forman_curvature()).round(decimals=4)
 
 
 def bridge_order_by_redundancy(log_weights: Tensor, redundancy: float) -> Tensor:
@@ -91,5 +134,5 @@ def bridge_order_by_redundancy(log_weights: Tensor, redundancy: float) -> Tensor
     W - redundancy * (W @ W) is a direct connection less its two-hop detours: triangles lower it where they raise
     Forman's curvature, so the highest is the bridge. The sign is turned here so that both orders read alike.
     """
-    adjacency, weights = neighbour_graph(log_weights), log_weights.exp()
-    return -block_values(weights - redundancy * (weights @ weights), weights, adjacency)
+    graph = BlockGraph.of(log_weights)
+    return -graph.mean_by_block(graph.weights - redundancy * graph.detours(log_weights.exp()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cab_attention.cache import EvictingCache
@@ -79,7 +79,9 @@ class SharedLayer(CacheLayerMixin):
         keys.evicting_layer = self  # type: ignore[attr-defined]
         return keys, value_states
 
-    def attend(self, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any) -> Tensor:
+    def attend(
+        self, module: nn.Module, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any
+    ) -> Tensor:
         """Attention once, then each cache's eviction; arguments and result as for `EvictingLayer.attend`.
 
         The operator runs once for every number of scored queries that the methods ask for.
@@ -87,7 +89,7 @@ class SharedLayer(CacheLayerMixin):
         once = _Once(operator)
         # Those that want no scores come last: the output is there by then.
         for layer in sorted(self.branches, key=_wants_no_scores):
-            output = layer.attend(once, query, padding, **options)
+            output = layer.attend(module, once, query, padding, **options)
         return output
 
     def get_seq_length(self) -> int:
@@ -101,11 +103,11 @@ class SharedLayer(CacheLayerMixin):
 
 
 def _wants_no_scores(layer: EvictingLayer) -> bool:
-    return layer.method.observes == "nothing" or not layer.method.evicts
+    return layer.method.observes in ("nothing", "queries") or not layer.method.evicts
 
 
 class _Once:
-    """An operator that computes the same call once: the branches' calls differ in nothing but `score_queries`.
+    """An operator that computes the same call once: the branches' calls differ in nothing but which queries are scored.
 
     The output is the first one computed, for all: which rows are scored does not change it.
     """
@@ -113,7 +115,7 @@ class _Once:
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.output: Tensor | None = None
-        self.scores: dict[int, Tensor] = {}  # by the number of scored queries
+        self.scores: dict[tuple[int, int], Tensor] = {}  # by the number of scored queries and the step between them
 
     def __call__(
         self,
@@ -123,16 +125,18 @@ class _Once:
         earlier: Tensor | None,
         *,
         score_queries: int | None,
+        score_step: int,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         n_queries = query.shape[2]
         rows = n_queries if score_queries is None else min(score_queries, n_queries)
-        if self.output is not None and rows == 0 and rows not in self.scores:
-            self.scores[rows] = torch.zeros_like(next(iter(self.scores.values())))
-        if rows not in self.scores:
-            output, self.scores[rows] = self.operator(
-                query, keys, values, earlier, score_queries=score_queries, **options
+        scored = (rows, score_step if rows > 1 else 1)
+        if self.output is not None and rows == 0 and scored not in self.scores:
+            self.scores[scored] = torch.zeros_like(next(iter(self.scores.values())))
+        if scored not in self.scores:
+            output, self.scores[scored] = self.operator(
+                query, keys, values, earlier, score_queries=score_queries, score_step=score_step, **options
             )
             self.output = output if self.output is None else self.output
         assert self.output is not None
-        return self.output, self.scores[rows]
+        return self.output, self.scores[scored]

@@ -97,7 +97,7 @@ def _attention(
     if layer is not None:
         if score_recorder is not None:
             raise ValueError("EvictingCache gathers scores itself (cache.layers[i].scores): use one of the two")
-        output = layer.attend(operator, query, attention_mask, **options)
+        output = layer.attend(module, operator, query, attention_mask, **options)
     else:
         _refuse_window_left_to_the_mask(module, sliding_window)
         if attention_mask is not None and attention_mask.shape[1] < key.shape[2]:
@@ -145,6 +145,7 @@ def _eager_operator(
     sliding_window: int | None = None,
     softcap: float | None = None,
     score_queries: int | None = None,
+    score_step: int = 1,
     per_kv_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract on top of the `eager_attention_forward` of the model's own file."""
@@ -162,19 +163,18 @@ def _eager_operator(
     )
     mask = None
     if visible is not None:
-        visible = visible.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, 1)
+        visible = visible.expand(-1, k.shape[1], n_q, -1).repeat_interleave(group, 1)
         mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(
             ~visible, torch.finfo(q.dtype).min
         )
     output, weights = _own_eager_attention(module)(module, q, k, v, mask, scaling=scale, dropout=0.0, softcap=softcap)
-    output, weights = (
-        output.transpose(1, 2),
-        weights[:, :, n_q - min(n_q, n_q if score_queries is None else score_queries) :],
-    )
+    rows = n_q if score_queries is None else min(n_q, score_queries)
+    counted = slice(n_q - rows + (rows - 1) % score_step, None, score_step)
+    output, weights = output.transpose(1, 2), weights[:, :, counted]
     if visible is not None:
         # Eager gives a row that sees nothing uniform weights over everything.
         output = output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-        weights = weights.masked_fill(~visible[:, :, n_q - weights.shape[2] :], 0.0)
+        weights = weights.masked_fill(~visible[:, :, counted], 0.0)
     scores = weights.sum(2, dtype=torch.float32)
     if per_kv_head:
         scores = scores.unflatten(1, (k.shape[1], group)).sum(2)

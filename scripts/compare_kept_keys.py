@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from cab_attention import H2O, EvictingCache, FlashAttentionWithAccumulation, flash_attention_with_cumulative_scores
+from cab_attention.cut import slots_to_keep
 from cab_attention.kernels.dispatch import last_choice
-from cab_attention.methods.base import CachedKeys, select_slots
+from cab_attention.methods.base import CachedKeys
 from cab_attention.transformers_attention import cab_attention_forward, eager_with_scores_forward, padding_mask
 
 WHERE = ("prompts", "prompt", "tokens", "budget", "heads", "kv_heads", "head_dim", "layer")
@@ -121,8 +122,7 @@ def kept_keys(scores: Tensor, keys: Tensor, budget: int) -> Tensor:
     """Positions [B, G, budget] that H2O keeps by these scores [B, G, N]."""
     positions = torch.arange(scores.shape[2], device=scores.device).expand(scores.shape)
     tokens = torch.tensor([[[budget]]], device=scores.device)
-    cached = CachedKeys(keys, positions, scores, budget=tokens, layer_index=0, sample_ids=("",))
-    return select_slots(H2O(budget).priorities(cached), cached.valid, cached.budget, budget)
+    return slots_to_keep(H2O(budget), [CachedKeys(keys, keys, positions, scores, tokens)], budget)
 
 
 def kept_share(kept: Tensor, reference: Tensor) -> float:

@@ -1,35 +1,49 @@
-"""What an eviction method is: a rule that ranks the cached keys of one layer. Nothing else."""
+"""What an eviction method is: a rule that ranks cached keys, and when the cache is cut by it. Nothing else."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cab_attention.budget import Budget
 
+Granularity = Literal["head", "layer", "model"]
+Positions = Literal["original", "compacted"]
+EvictInPrefill = Literal["end", "chunk"]
+
 
 @dataclass(frozen=True)
 class CachedKeys:
     """One layer's cached keys at the moment of an eviction, in text order, empty slots at the front.
 
+    What competes as one set (`granularity` layer or model) is one head here, G = 1.
+
     Attributes:
-        keys: [B, G, K, D], after RoPE.
+        keys: [B, G, K, D], after RoPE, as attention sees them. Of a set, the keys of its heads side by side.
+        values: [B, G, K, Dv], likewise.
         positions: int64 [B, G, K], original positions, -1 for an empty slot.
-        scores: float32 [B, G, K], summed over the query heads of a group, over the queries that the method observes;
-            None if it observes nothing.
-        budget: int64 [B, 1, 1], tokens to keep, a row.
-        layer_index: of the model.
+        scores: float32 [B, G, K]. For `Method.scores` what was observed: softmax weights summed over the query heads of
+            a group and over the observed queries, None if the method observes none. For `Method.priorities` and
+            `Method.budgets` what `Method.scores` made of it, summed over the heads of a set.
+        queries: for `observes = "queries"`: of the n queries to come, a function of n: their mean [B, H, D] and
+            covariance [B, H, D, D], scaled so that k.q / sqrt(D) is the model's logit.
+        budget: int64 [B, 1, 1], tokens to keep in each layer and KV head, a row.
+        layer_index, n_layers: of the model; a set over layers has the last one's.
         sample_ids: one a row; rows of one sample draw the same random numbers.
     """
 
     keys: Tensor
+    values: Tensor
     positions: Tensor
     scores: Tensor | None
     budget: Tensor
-    layer_index: int
-    sample_ids: tuple[str, ...]
+    queries: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    layer_index: int = 0
+    n_layers: int = 1
+    sample_ids: tuple[str, ...] = ("",)
 
     @property
     def valid(self) -> Tensor:
@@ -53,7 +67,7 @@ class CachedKeys:
         return torch.arange(n_keys - 1, -1, -1, device=self.positions.device)[None, None]
 
     def observed(self) -> Tensor:
-        """`scores`, for methods that asked for them."""
+        """`scores`, for methods that rank by them."""
         if self.scores is None:
             raise RuntimeError("the cache gathered no scores for a method that ranks by them")
         return self.scores
@@ -63,20 +77,50 @@ class CachedKeys:
 class Method(ABC):
     """Which keys to keep. Subclasses are frozen dataclasses whose fields are the method's options.
 
+    Options of every method:
+        budget: tokens of each layer and KV head (int), a fraction of the prompt (float in (0, 1)), or "full".
+        granularity: what chooses its keys by itself: each KV "head"; each "layer", by scores summed over its heads; or
+            the whole "model", by scores summed over layers and heads.
+        evict_every: decode steps from one cut to the next, for methods that evict in decode. Scores go on accumulating
+            in between, and the cache grows to at most budget + evict_every - 1 tokens.
+        evict_in_prefill: of a prompt fed in chunks: "end" cuts after the last one (the result is that of one pass),
+            "chunk" after each (another algorithm).
+        positions: kept keys stay at their "original" RoPE positions, or move up to close the gaps ("compacted": the
+            newest key stays where it is, every other one comes right before the next; StreamingLLM's own rule).
+
     Class attributes:
         name: in configs, tables and plots.
-        observes: queries whose softmax weights make the scores: `all` since the sequence began (they go on
-            accumulating), the last `window` of the prompt, `last` of each forward (replaced), or `nothing`.
-        evicts_in_decode: rank and cut again after every decode step, not only after the prompt.
+        observes: `all`: softmax weights of the queries since the sequence began (they go on accumulating); `window`: of
+            the last queries of the prompt; `last`: of each forward's last query (replaced); `queries`: the queries'
+            mean and covariance; or `nothing`.
+        evicts_in_decode: rank and cut again in decode, not only after the prompt.
+        granularities: those that make sense.
+        budgets_vary_by_head: `budgets` differ between the heads of a layer.
+        evicts_in_chunks: `evict_in_prefill="chunk"` makes sense.
     """
 
     name: ClassVar[str]
-    observes: ClassVar[Literal["nothing", "all", "window", "last"]]
+    observes: ClassVar[Literal["nothing", "all", "window", "last", "queries"]]
     evicts_in_decode: ClassVar[bool]
+    granularities: ClassVar[tuple[Granularity, ...]] = ("head",)
+    budgets_vary_by_head: ClassVar[bool] = False
+    evicts_in_chunks: ClassVar[bool] = True
     budget: int | float | str
+    granularity: Granularity = field(default="head", kw_only=True)
+    evict_every: int = field(default=1, kw_only=True)
+    evict_in_prefill: EvictInPrefill = field(default="end", kw_only=True)
+    positions: Positions = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
+        at_least(self.name, "evict_every", self.evict_every, 1)
+        if not self.evicts_in_decode:
+            one_of(self.name, "evict_every", self.evict_every, (1,), ": it does not evict in decode")
+        one_of(self.name, "granularity", self.granularity, self.granularities)
+        one_of(
+            self.name, "evict_in_prefill", self.evict_in_prefill, get_args(EvictInPrefill)[: 1 + self.evicts_in_chunks]
+        )
+        one_of(self.name, "positions", self.positions, get_args(Positions))
 
     @property
     def parsed_budget(self) -> Budget:
@@ -88,17 +132,30 @@ class Method(ABC):
         """False if everything stays, whatever the prompt."""
         return self.parsed_budget.kind != "full"
 
-    def observation_window(self) -> int:
-        """Last query rows of the prompt that make the scores (for `observes = "window"`)."""
-        return 1
+    @property
+    def ranks_by_keys(self) -> bool:
+        """`priorities` looks at keys, not only at scores: a set over heads or layers then needs them side by side."""
+        return False
+
+    def observed_queries(self) -> tuple[int | None, int]:
+        """(window, step): of the prompt's last `window` queries (None: all) every `step`-th one makes the scores."""
+        return None, 1
 
     def effective(self, budget_tokens: int) -> dict[str, int]:
         """Options as they act at this budget, for the record (a tiny budget must not be all window)."""
         return {}
 
+    def scores(self, cached: CachedKeys) -> Tensor | None:
+        """float32 [B, G, K], what each key is worth to each head, higher is better; None if keys have no worth."""
+        return cached.scores
+
     @abstractmethod
     def priorities(self, cached: CachedKeys) -> Tensor:
         """float [B, G, K], higher is kept first, ties: the lower position. Empty slots may hold anything."""
+
+    def budgets(self, cached: CachedKeys) -> Tensor:
+        """int64 [B, 1 or G, 1], tokens to keep in this layer or in each of its heads."""
+        return cached.budget
 
 
 def at_least(method: str, option: str, value: int, minimum: int) -> None:
@@ -107,11 +164,7 @@ def at_least(method: str, option: str, value: int, minimum: int) -> None:
         raise ValueError(f"{method}: {option}={value!r}, allowed is an integer >= {minimum}")
 
 
-def select_slots(priorities: Tensor, valid: Tensor, budget: Tensor, width: int) -> Tensor:
-    """Slots to keep: int64 [B, G, width] in ascending order, -1 (empty) at the front.
-
-    Of the valid slots the `budget` [B, 1, 1] of highest priority stay; among equals the lower slot.
-    """
-    ranked = priorities.masked_fill(~valid, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    wanted = torch.arange(ranked.shape[-1], device=ranked.device) < budget
-    return torch.where(wanted & valid.gather(-1, ranked), ranked, -1).sort(-1).values
+def one_of(method: str, option: str, value: object, allowed: tuple[object, ...], why: str = "") -> None:
+    """Raise ValueError unless an option has one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{method}: {option}={value!r}, allowed is {' or '.join(map(repr, allowed))}{why}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cab_attention import curvature
-from cab_attention.methods.base import CachedKeys, Method, at_least
+from cab_attention.methods.base import CachedKeys, Granularity, Method, at_least
+from cab_attention.methods.score_queries import check_score_queries, parse_score_queries
 
 BRIDGES = ("curvature", "redundancy", "median")
 
@@ -26,18 +27,22 @@ class CAB(Method):
     * `median`: keys whose cumulative score is nearest the median of what is left.
 
     Of a chosen block all keys not yet kept are taken, the last block's by cumulative score. Below 6 blocks there is no
-    graph, and the bridge share goes to importance. The whole rule runs again after every decode step.
+    graph, and the bridge share goes to importance. The whole rule runs again after every decode step. Heads or layers
+    that choose together (`granularity`) share one graph, over their keys side by side. `score_queries` makes the
+    cumulative scores from fewer queries: "last:W" or "every:S".
     """
 
     name: ClassVar = "cab"
     observes: ClassVar = "all"
     evicts_in_decode: ClassVar = True
+    granularities: ClassVar[tuple[Granularity, ...]] = ("head", "layer", "model")
     local_ratio: float = 0.3
     bridge_ratio: float = 0.2
     importance_ratio: float = 0.5
     bridge: Literal["curvature", "redundancy", "median"] = "curvature"
     block_size: int = 32
     redundancy: float = 0.5
+    score_queries: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +57,14 @@ class CAB(Method):
         at_least(self.name, "block_size", self.block_size, 1)
         if not 0 <= self.redundancy < math.inf:
             raise ValueError(f"{self.name}: redundancy={self.redundancy!r}, allowed is a number >= 0")
+        check_score_queries(self.name, self.score_queries, self.evict_in_prefill)
+
+    @property
+    def ranks_by_keys(self) -> bool:
+        return self.bridge != "median"
+
+    def observed_queries(self) -> tuple[int | None, int]:
+        return parse_score_queries(self.name, self.score_queries)
 
     def shares(self, budget_tokens: int) -> tuple[int, int, int]:
         """(local, bridge, importance) in tokens; they sum to the budget."""
@@ -70,7 +83,7 @@ class CAB(Method):
         n_bridge = torch.minimum(torch.floor(self.bridge_ratio * wanted), wanted - n_local)
         order = None
         if self.bridge != "median":
-            order, has_graph = self._block_order(cached)
+            order, has_graph = self.block_order(cached)
             n_bridge = torch.where(has_graph, n_bridge, 0.0)
         n_importance = wanted - n_local - n_bridge
 
@@ -87,7 +100,7 @@ class CAB(Method):
         bridge = _highest(bridge_rank, free, n_bridge)
         return local * 3.0 + important * 2.0 + bridge * 1.0
 
-    def _block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
+    def block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
         """The place of each key's block, 0 = strongest bridge [B, G, K], and whether there is a graph [B, G, 1]."""
         representatives, exists = curvature.block_representatives(cached.keys, cached.valid, self.block_size)
         log_weights = curvature.block_log_weights(representatives, exists)

@@ -18,6 +18,7 @@ class Random(Method):
     name: ClassVar = "random"
     observes: ClassVar = "nothing"
     evicts_in_decode: ClassVar = False
+    evicts_in_chunks: ClassVar = False  # drawn again from what is left, keys would not have equal chances
     seed: int = 0
 
     def priorities(self, cached: CachedKeys) -> Tensor:

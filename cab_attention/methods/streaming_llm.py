@@ -11,8 +11,9 @@ from cab_attention.methods.base import CachedKeys, Method, at_least
 class StreamingLLM(Method):
     """Keep the first `sinks` tokens and the most recent rest, after the prompt and after every decode step.
 
-    Xiao et al. 2023, arXiv 2309.17453, section 3.2. Kept keys stay at their original RoPE positions here (the authors
-    re-number positions inside the cache). At most half the budget is sinks.
+    Xiao et al. 2023, arXiv 2309.17453, section 3.2. The authors re-number positions inside the cache, which is
+    `positions="compacted"`; the default leaves kept keys at their original RoPE positions, as for every method here.
+    At most half the budget is sinks.
     """
 
     name: ClassVar = "streaming_llm"

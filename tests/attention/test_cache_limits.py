@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, PhimoeConfig, Qwen2MoeConfig
 
 from cab_attention import CAB, H2O, EvictingCache, Full, Random, SnapKV, load_model_with_attention
-from cab_attention.curvature import block_log_weights, neighbour_graph
+from cab_attention.curvature import BlockGraph, block_log_weights
 from tests.all_methods import EVICTING, METHODS
 from tests.tiny_models import SHARED, random_ids, tiny_model
 
@@ -91,7 +91,7 @@ def test_keys_of_any_length_have_four_neighbours():
     representatives = 10 * torch.randn(1, 1, 24, 128, generator=torch.Generator().manual_seed(0))
     log_weights = block_log_weights(representatives, torch.ones(1, 1, 24, dtype=torch.bool))
     assert (log_weights.exp() == 0).float().mean() > 0.5
-    assert neighbour_graph(log_weights).sum(-1).min() >= 4
+    assert BlockGraph.of(log_weights).adjacency.sum(-1).min() >= 4
 
 
 def test_the_window_of_queries_is_let_go():
@@ -100,11 +100,11 @@ def test_the_window_of_queries_is_let_go():
     ids = random_ids(1, 60)
     with torch.inference_mode():
         model(ids[:, :30], past_key_values=cache)
-        waiting = cache.layers[0]._recent_queries
+        waiting = cache.layers[0]._observation._recent_queries
         assert waiting.untyped_storage().nbytes() == waiting.nbytes == 4 * 8 * 16 * 4
         model(ids[:, 30:], past_key_values=cache)
     for layer in cache.layers:
-        assert layer._recent_queries is None
+        assert layer._observation._recent_queries is None
         assert layer.scores is None
         assert layer.positions.shape[-1] == 12
 

@@ -15,6 +15,8 @@ from cab_attention import (
     replace_attention_with_flash,
 )
 from cab_attention.kernels.reference import attention_reference
+from tests.all_methods import FULL_ATTENTION_VARIANTS, METHODS, VARIANTS
+from tests.feeding import left_padded
 from tests.tiny_models import random_ids, tiny_model
 
 pytestmark = [
@@ -88,6 +90,22 @@ def test_eviction_keeps_what_the_cpu_keeps(architecture: str, attention: str, n_
         assert gpu.keys.is_cuda and gpu.keys.shape[2] == 16 and (cpu.positions[0] >= n_pad).all()
         assert torch.equal(gpu.positions.cpu(), cpu.positions)
         torch.testing.assert_close(gpu.scores.cpu(), cpu.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS, *FULL_ATTENTION_VARIANTS])
+def test_every_method_keeps_what_it_keeps_on_the_cpu(name: str) -> None:
+    method = (METHODS | VARIANTS | FULL_ATTENTION_VARIANTS)[name](16)
+    ids, mask = left_padded(0, 9, n_tokens=60)
+    kept, texts, sizes = [], [], []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama").to(device)
+        cache = EvictingCache(model.config, method)
+        inputs = {"attention_mask": mask.to(device), "past_key_values": cache}
+        texts.append(model.generate(ids.to(device), max_new_tokens=8, do_sample=False, **inputs).cpu())
+        kept.append([layer.positions.cpu() for layer in cache.layers])
+        sizes.append(cache.cache_bytes)
+    assert torch.equal(*texts) and sizes[0] == sizes[1]
+    assert all(torch.equal(gpu, cpu) for cpu, gpu in zip(*kept, strict=True))
 
 
 def test_replaced_modules_record_what_the_cpu_records() -> None:

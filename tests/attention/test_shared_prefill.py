@@ -3,19 +3,41 @@
 import pytest
 import torch
 
-from cab_attention import H2O, TOVA, EvictingCache, Full, Random, SharedPrefill, SnapKV, StreamingLLM
+from cab_attention import (
+    CAB,
+    H2O,
+    TOVA,
+    AdaKV,
+    EvictingCache,
+    ExpectedAttention,
+    Full,
+    KeyNorm,
+    PyramidKV,
+    Random,
+    SharedPrefill,
+    SnapKV,
+    StreamingLLM,
+)
 from cab_attention.cache_layer import EvictingLayer
-from tests.all_methods import METHODS
+from tests.all_methods import FULL_ATTENTION_VARIANTS, METHODS, VARIANTS
 from tests.feeding import feed, left_padded
 from tests.feeding import tiny_model_with_key_gains as tiny_model
 from tests.tiny_models import random_ids
 
 N_PROMPT = 33
-BUDGETS = (1, 9, 0.3, 500)
-ALL = [make(budget) for make in METHODS.values() for budget in BUDGETS]
+# What is shared does not hang on the budget: every method and variant at one, some at the others.
+ALL = [make(9) for make in (METHODS | VARIANTS).values()]
+ALL += [METHODS[name](budget) for name in ("h2o", "snapkv", "adakv", "cab") for budget in (1, 0.3, 500)]
+ALL += [H2O(9, score_queries="every:4", granularity="layer", evict_every=2), H2O(0.3, score_queries="last:5")]
+ALL += [CAB(9, block_size=4, score_queries="every:100"), TOVA(0.3, evict_every=2)]
+FULL_ATTENTION = [make(9) for make in FULL_ATTENTION_VARIANTS.values()]
+FULL_ATTENTION += [make(0.3, positions="compacted", granularity="layer") for make in (H2O, SnapKV, ExpectedAttention)]
+FULL_ATTENTION += [PyramidKV(9, window=8, positions="compacted"), KeyNorm(9, granularity="model")]
 
 
-def caches(model, methods=ALL, **options) -> list[EvictingCache]:
+def caches(model, methods=None, **options) -> list[EvictingCache]:
+    slides = getattr(model.config, "sliding_window", None)
+    methods = ALL + (FULL_ATTENTION if not slides else []) if methods is None else methods
     return [EvictingCache(model.config, method, **options) for method in methods]
 
 
@@ -61,7 +83,7 @@ def test_every_cache_is_what_it_is_alone(architecture, padding, compress_at, att
         cache.check_saw(N_PROMPT + 3)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 17])
+@pytest.mark.parametrize("n_tokens", [1, 17])
 def test_short_prompts(n_tokens):
     model, ids = tiny_model("llama"), random_ids(1, n_tokens)
     together, alone = caches(model), caches(model)
@@ -93,19 +115,19 @@ def test_each_request_is_computed_once(monkeypatch):
     model, requests = tiny_model("llama"), []
     attend = EvictingLayer.attend
 
-    def counting(self, operator, *args, **kwargs):
+    def counting(self, module, operator, *args, **kwargs):
         if not hasattr(operator, "operator"):
             raise AssertionError("fed alone")
         inner = operator.operator
         if getattr(inner, "counts", None) is None:
 
-            def counted(*tensors, score_queries, **options):
-                requests.append(score_queries)
-                return inner(*tensors, score_queries=score_queries, **options)
+            def counted(*tensors, score_queries, score_step, **options):
+                requests.append((score_queries, score_step))
+                return inner(*tensors, score_queries=score_queries, score_step=score_step, **options)
 
             counted.counts = True
             operator.operator = counted
-        return attend(self, operator, *args, **kwargs)
+        return attend(self, module, operator, *args, **kwargs)
 
     monkeypatch.setattr(EvictingLayer, "attend", counting)
     methods = [Full(), Random(9), StreamingLLM(9), H2O("full"), H2O(9), H2O(5), TOVA(9), TOVA(5), SnapKV(9, window=8)]
@@ -113,7 +135,12 @@ def test_each_request_is_computed_once(monkeypatch):
     assert len(requests) == 3 * model.config.num_hidden_layers
     requests.clear()
     feed(model, SharedPrefill(caches(model, [Full(), Random(9), H2O("full")])), random_ids(1, N_PROMPT))
-    assert requests == [0] * model.config.num_hidden_layers
+    assert requests == [(0, 1)] * model.config.num_hidden_layers
+    requests.clear()
+    methods = [H2O(9), H2O(5, score_queries="every:4"), CAB(9, score_queries="every:4"), H2O(9, score_queries="last:1")]
+    methods += [TOVA(9), H2O(9, score_queries="last:8"), SnapKV(9, window=8), H2O(9, score_queries="every:2")]
+    feed(model, SharedPrefill(caches(model, methods)), random_ids(1, N_PROMPT))
+    assert [*sorted(requests, key=str)] == sorted([(None, 1), (None, 4), (None, 2), (1, 1), (8, 1)] * 3, key=str)
 
 
 def test_each_cache_is_cut_before_the_next_layer_begins(monkeypatch):
@@ -197,7 +224,7 @@ def test_on_a_gpu_every_cache_is_what_it_is_alone(attention):
     """In half precision and at a length that the prefill's kernels compute."""
     model = tiny_model("llama", attention).to("cuda", torch.bfloat16)
     ids, mask = random_ids(1, 403).cuda(), torch.ones(1, 403, dtype=torch.int64, device="cuda")
-    methods = [make(budget) for make in METHODS.values() for budget in (40, 0.3)]
+    methods = [make(40) for make in (METHODS | VARIANTS | FULL_ATTENTION_VARIANTS).values()] + [H2O(0.3), AdaKV(0.3)]
     together, alone = caches(model, methods), caches(model, methods)
     logits = feed(model, SharedPrefill(together), ids[:, :400], mask[:, :400])
     for cache, separate in zip(together, alone, strict=True):

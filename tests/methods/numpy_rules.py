@@ -1,41 +1,70 @@
-"""Which keys each method keeps, written a second time: plain numpy and sets, on full attention matrices."""
+"""Which keys each method keeps, written a second time: plain numpy, sets and fractions.
+
+A rule (method, score, present, keys, b) orders the positions `present` of a head, or of heads that choose together:
+those to keep come first. `score` and `keys` are indexed by position.
+"""
 
 import math
+from collections import Counter
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
 
-from cab_attention import CAB, H2O, TOVA, Method, SnapKV, StreamingLLM
+from cab_attention import (
+    CAB,
+    H2O,
+    TOVA,
+    AdaKV,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
 
 
-def best(score, among, count):
-    """The `count` positions of highest score, of equals the lower position."""
-    return set(sorted(among, key=lambda p: (-score[p], p))[: max(0, count)])
+def ranked(score, among):
+    """From the highest score to the lowest, of equals the lower position first."""
+    return sorted(among, key=lambda p: (-score[p], p))
+
+
+def highest_score(method, score, present, keys, b):
+    return ranked(score, present)
 
 
 def streaming_llm(method, score, present, keys, b):
     sinks = min(method.sinks, b // 2)
-    return {*present[:sinks], *present[len(present) - (b - sinks) :]}
+    return present[:sinks] + present[sinks:][::-1]
 
 
 def h2o(method, score, present, keys, b):
     r = b // 2 if method.recent is None else min(method.recent, b // 2)
     old, recent = present[: len(present) - r], present[len(present) - r :]
-    return best(score, old, b - r) | {*recent}
+    return recent + ranked(score, old)
 
 
-def snapkv(method, score, present, keys, b):
+def old_and_window(method, present, b):
     w = min(method.window, b // 2)
-    old, window = present[: len(present) - w], present[len(present) - w :]
+    return present[: len(present) - w], present[len(present) - w :]
+
+
+def pooled(method, score, old):
     half = method.kernel_size // 2
     line = np.concatenate([np.zeros(half), score[old], np.zeros(half)])
     reduce = np.mean if method.pooling == "avg" else np.max
-    pooled = {p: reduce(line[i : i + method.kernel_size]).round(9) for i, p in enumerate(old)}
-    return best(pooled, old, b - w) | {*window}
+    return {p: reduce(line[i : i + method.kernel_size]).round(9) for i, p in enumerate(old)}
 
 
-def tova(method, score, present, keys, b):
-    return best(score, present, b)
+def snapkv(method, score, present, keys, b):
+    old, window = old_and_window(method, present, b)
+    return window + ranked(pooled(method, score, old), old)
+
+
+def expected_attention(method, score, present, keys, b):
+    sinks = min(method.sinks, b // 2)
+    return present[:sinks] + ranked(score, present[sinks:])
 
 
 def cab(method, score, present, keys, b):
@@ -44,16 +73,14 @@ def cab(method, score, present, keys, b):
     blocks = [present[i : i + method.block_size] for i in range(0, len(present), method.block_size)]
     if method.bridge != "median" and len(blocks) < 6:
         n_bridge = 0
-    kept = {*present[len(present) - n_local :]}
-    kept |= best(score, {*present} - kept, b - n_local - n_bridge)
-    rest = {*present} - kept
+    kept = present[len(present) - n_local :]
+    kept += ranked(score, {*present} - {*kept})[: b - n_local - n_bridge]
+    rest = {*present} - {*kept}
     if method.bridge == "median":
         middle = np.median(score[sorted(rest)])
-        return kept | best(-abs(score - middle).round(9), rest, n_bridge)  # the two in the middle tie
-    if n_bridge == 0:
-        return kept
-    for block in bridge_order(blocks, keys, method):
-        kept |= best(score, rest & {*block}, b - len(kept))
+        return kept + ranked(-abs(score - middle).round(9), rest)  # the two in the middle tie
+    for block in bridge_order(blocks, keys, method) if n_bridge else []:
+        kept += ranked(score, rest & {*block})
     return kept
 
 
@@ -92,60 +119,83 @@ def forman(edges):
     return {(a, c): 4 - len(near[a]) - len(near[c]) + 3 * len(near[a] & near[c]) for a, c in edges}
 
 
-RULES = {H2O: h2o, SnapKV: snapkv, TOVA: tova, CAB: cab, StreamingLLM: streaming_llm}
-OBSERVES = {H2O: "all", CAB: "all", SnapKV: "window", TOVA: "last", StreamingLLM: "nothing"}
-EVICTS_IN_DECODE = {H2O, CAB, TOVA, StreamingLLM}
+RULES = {
+    StreamingLLM: streaming_llm,
+    H2O: h2o,
+    SnapKV: snapkv,
+    PyramidKV: snapkv,
+    AdaKV: snapkv,
+    TOVA: highest_score,
+    KeyNorm: highest_score,
+    KeyDiff: highest_score,
+    ExpectedAttention: expected_attention,
+    CAB: cab,
+}
 
 
-class BruteForceLayer:
-    """One layer and one sample: every key is remembered, `present[g]` are the positions that head g still has."""
+def largest_remainders(exact, total):
+    """Whole numbers that sum to `total`: rounded down, then one more to the largest fractions, of equals the first."""
+    whole = [math.floor(x) for x in exact]
+    by_fraction = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
+    return [n + (i in by_fraction[: total - sum(whole)]) for i, n in enumerate(whole)]
 
-    def __init__(self, method: Method, n_kv_heads: int, sliding_window: int | None = None) -> None:
-        self.method, self.kind, self.window = method, type(method), sliding_window
-        self.present: list[list[int]] = [[] for _ in range(n_kv_heads)]
-        self.keys: np.ndarray | None = None
-        self.cumulative = np.zeros((n_kv_heads, 0))
-        self.budget: int | None = None
 
-    def forward(self, q, k, scale):
-        """q [H, n, D], k [G, n, D]: attention of the new queries, then the cut."""
-        self.keys = k if self.keys is None else np.concatenate([self.keys, k], 1)
-        n_heads, n_new, seen = len(self.present), q.shape[1], self.keys.shape[1]
-        before, group = seen - n_new, len(q) // len(self.present)
-        visible = np.zeros((n_heads, n_new, seen), bool)
-        for head, present in enumerate(self.present):
-            present += range(before, seen)
-            visible[head][:, present] = True
-        distance = np.arange(before, seen)[:, None] - np.arange(seen)
-        visible &= (distance >= 0) & (distance < (self.window or seen))
-        logits = np.einsum("ghqd,gkd->ghqk", q.reshape(n_heads, group, n_new, -1), self.keys) * scale
-        weights = np.exp(np.where(visible[:, None], logits - logits.max(), -np.inf))
-        weights = (weights / weights.sum(-1, keepdims=True)).sum(1)  # [G, n, seen]: a group's query heads together
-        score = self.observe(weights)
-        if self.window:
-            self.present = [[p for p in present if p >= seen - (self.window - 1)] for present in self.present]
-        if before == 0 or self.kind in EVICTS_IN_DECODE:
-            self.cut(score, seen)
+def pyramidkv_budgets(method, n_keys, n_layers, b):
+    """Of each layer, where b < n_keys."""
+    w = min(method.window, b // 2)
+    share = b - w
+    last = Fraction(share, method.beta)
+    if 2 * share - last > n_keys - w:
+        last = Fraction(2 * share - (n_keys - w))
+    step = Fraction(2 * (share - last), max(1, n_layers - 1))
+    exact = [2 * share - last - layer * step if n_layers > 1 else share for layer in range(n_layers)]
+    return [w + n for n in largest_remainders(exact, n_layers * share)]
 
-    def observe(self, weights):
-        observes = OBSERVES[self.kind]
-        if observes == "all":
-            grown = np.zeros((len(weights), weights.shape[2]))
-            grown[:, : self.cumulative.shape[1]] = self.cumulative
-            self.cumulative = grown + weights.sum(1)
-            return self.cumulative
-        if observes == "window":
-            return weights[:, -self.method.window :].sum(1)
-        if observes == "last":
-            return weights[:, -1].sum(0)[None].repeat(len(weights), 0)
-        return weights[:, 0] * 0
 
-    def cut(self, score, seen):
-        if self.budget is None:  # resolved once, at the first cut
-            asked = self.method.budget
-            self.budget = asked if isinstance(asked, int) else max(1, math.floor(asked * seen + 0.5))
-        b = min(self.budget, self.window - 1) if self.window else self.budget
-        for head, present in enumerate(self.present):
-            if len(present) > b:
-                kept = RULES[self.kind](self.method, score[head], present, self.keys[head], b)
-                self.present[head] = sorted(kept)
+def adakv_budgets(method, scores, present, b):
+    """Of each head, where b is less than the keys there are: scores and positions by head."""
+    share, n_heads = b - min(method.window, b // 2), len(present)
+    contest = []
+    for head in range(n_heads):
+        old, _ = old_and_window(method, present[head], b)
+        contest += [(-value, p, head) for p, value in pooled(method, scores[head], old).items()]
+    won = Counter(head for _, _, head in sorted(contest)[: n_heads * share])
+    safe = Fraction(str(method.safeguard))
+    exact = [(1 - safe) * won[head] + safe * share for head in range(n_heads)]
+    return [b - share + n for n in largest_remainders(exact, n_heads * share)]
+
+
+def key_norm_worth(keys, present):
+    return -np.linalg.norm(keys, axis=-1)
+
+
+def key_diff_worth(keys, present):
+    units = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    anchor = units[present].mean(0)
+    return -units @ anchor / max(np.linalg.norm(anchor), 1e-12)
+
+
+def expected_attention_worth(queries, keys, values, competing, scale, n_future, theta):
+    """Of one head's keys [K, D], by its query heads' queries [g, N, D], rotated to positions 0 to N - 1."""
+    n, dim = queries.shape[1:]
+    future = np.mean([rope(np.eye(dim), np.full(dim, p), theta).T for p in range(n, n + n_future)], axis=0)
+    worth = np.zeros(len(keys))
+    for plain in rope(queries, -np.arange(n), theta)[:, 4:]:
+        mean, covariance = np.zeros(dim), np.zeros((dim, dim))
+        if len(plain):
+            mean, covariance = future @ plain.mean(0), future @ np.cov(plain.T, bias=True) @ future.T
+        weights = {}
+        for p in competing:
+            k = scale * keys[p]
+            weights[p] = math.exp(k @ mean + k @ covariance @ k / 2)
+        for p in competing:
+            worth[p] += weights[p] / sum(weights.values()) / len(queries) * np.linalg.norm(values[p])
+    return worth
+
+
+def rope(x, positions, theta=10_000.0):
+    """x [..., n, D] rotated by positions [n], of any sign: the halves of x are the real and imaginary parts."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * theta ** -(np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)

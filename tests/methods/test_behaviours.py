@@ -1,20 +1,25 @@
 """What holds for every method, on tiny models, after the prompt and through decode."""
 
+import copy
 import gc
 import math
 import weakref
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 
 from cab_attention import EvictingCache, Full, Random
-from tests.all_methods import EVICTING, METHODS
+from tests.all_methods import EVICTING, FULL_ATTENTION_VARIANTS, METHODS, VARIANTS
 from tests.feeding import feed, left_padded
+from tests.methods.distinct_tokens import left_padded_distinct
 from tests.tiny_models import random_ids, tiny_model
 
 N_PROMPT, PADDING = 33, (0, 7, 2)
-GROWS_IN_DECODE = {"snapkv", "random"}
+GROWS_IN_DECODE = {"random", "snapkv", "pyramidkv", "adakv", "key_norm", "key_diff", "expected_attention"}
+VARIES = {"pyramidkv": 0, "adakv": 1}  # the budget is the mean over layers, over the heads of a layer
+ALL = METHODS | VARIANTS | FULL_ATTENTION_VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +42,41 @@ def kept(cache: EvictingCache, row: int = 0, padding: int = 0) -> list[list[list
     return [[[p - padding for p in head if p >= 0] for head in layer.positions[row].tolist()] for layer in cache.layers]
 
 
-@pytest.mark.parametrize("budget", [1, 2, 9, 28, N_PROMPT, 100, 0.01, 0.3, 0.5])
+@pytest.mark.parametrize("budget", [1, 9, 28, N_PROMPT, 100, 0.01, 0.3])
 @pytest.mark.parametrize("name", EVICTING)
 def test_as_many_keys_as_the_budget(name, budget, llama):
     """Of the prompt exactly min(budget, n) by layer, head and row; after an eviction in decode never more."""
     cache = EvictingCache(llama.config, METHODS[name](budget))
     ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT + 4)
     for n_decoded in decode(llama, cache, ids, mask, 4):
-        seen = N_PROMPT + n_decoded
+        for row, padding in enumerate(PADDING):
+            n = N_PROMPT - padding
+            b = budget if isinstance(budget, int) else max(1, math.floor(budget * n + 0.5))
+            expected = min(b, n) + n_decoded if name in GROWS_IN_DECODE else min(b, n + n_decoded)
+            counts = np.array([[len(head) for head in layer] for layer in kept(cache, row, padding)])
+            if name in VARIES:
+                counts = counts.mean(VARIES[name])
+            assert (counts == expected).all(), (n_decoded, row)
         for layer in cache.layers:
             for row, padding in enumerate(PADDING):
-                n = N_PROMPT - padding
-                b = budget if isinstance(budget, int) else max(1, math.floor(budget * n + 0.5))
-                expected = min(b, n) + n_decoded if name in GROWS_IN_DECODE else min(b, n + n_decoded)
                 for positions in layer.positions[row].tolist():
                     real = [p for p in positions if p >= 0]
-                    assert len(real) == expected, (n_decoded, row)
                     assert positions == [-1] * (len(positions) - len(real)) + sorted(set(real))
-                    assert padding <= real[0] and real[-1] < seen
+                    assert not real or (padding <= real[0] and real[-1] < N_PROMPT + n_decoded)
             assert layer.keys.shape[2] == layer.values.shape[2] == layer.positions.shape[2]
-            # the widest row says how many slots there are
-            assert (layer.positions >= 0).any(dim=0).all()
+            # the longest head says how many slots there are
+            assert (layer.positions >= 0).flatten(0, 1).any(dim=0).all()
+
+
+def test_budgets_vary_by_layer_and_by_head(llama):
+    """Else their means, above, would say nothing."""
+    counts = {}
+    for name in VARIES:
+        cache = EvictingCache(llama.config, METHODS[name](9))
+        feed(llama, cache, *left_padded(0, n_tokens=N_PROMPT))
+        counts[name] = [[len(head) for head in layer] for layer in kept(cache)]
+    assert counts["pyramidkv"] == [[12, 12], [9, 9], [6, 6]]  # of the 5 beside the window 7.5, 5 and 2.5
+    assert any(one != other for one, other in counts["adakv"])
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -68,30 +87,51 @@ def test_a_fraction_is_of_each_rows_real_tokens(name, llama):
     assert all(layer.budget_tokens == [17, 13, 16] for layer in cache.layers)  # of 33, 26, 31
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [(name, "llama") for name in ALL if name != "full"] + [(name, "mistral") for name in [*EVICTING, *VARIANTS]],
+)
 def test_a_row_keeps_in_a_batch_what_it_keeps_alone(name, architecture):
     model, ids_of_rows = tiny_model(architecture), ["a", "b", "c"]
-    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT + 3)
-    batch = EvictingCache(model.config, METHODS[name](0.3), sample_ids=ids_of_rows)
-    alone = [EvictingCache(model.config, METHODS[name](0.3), sample_ids=sample) for sample in ids_of_rows]
-    runs = [decode(model, batch, ids, mask, 3)]
+    ids, mask = left_padded_distinct(*PADDING, n_tokens=N_PROMPT + 4)
+    batch = EvictingCache(model.config, ALL[name](0.3), sample_ids=ids_of_rows)
+    alone = [EvictingCache(model.config, ALL[name](0.3), sample_ids=sample) for sample in ids_of_rows]
+    runs = [decode(model, batch, ids, mask, 4)]
     for row, padding in enumerate(PADDING):
-        runs.append(decode(model, alone[row], ids[row : row + 1, padding:], mask[row : row + 1, padding:], 3))
+        runs.append(decode(model, alone[row], ids[row : row + 1, padding:], mask[row : row + 1, padding:], 4))
     for _ in zip(*runs, strict=True):
         for row, padding in enumerate(PADDING):
             assert kept(batch, row, padding) == kept(alone[row])
     assert kept(batch, 0) != kept(batch, 2)
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", VARIANTS | FULL_ATTENTION_VARIANTS)
+def test_a_copy_with_other_rows_goes_on_by_itself(name, llama):
+    """Beams are reordered, repeated and dropped, and a copy cuts its own layers."""
+    ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT + 4)
+    cache, order = EvictingCache(llama.config, ALL[name](9)), torch.tensor([2, 0, 0, 1])
+    feed(llama, cache, ids[:, :N_PROMPT], mask[:, :N_PROMPT])
+    copied = copy.deepcopy(cache)
+    copied.batch_select_indices(order)
+    for stop in range(N_PROMPT + 1, N_PROMPT + 5):
+        logits = feed(llama, copied, ids[order, stop - 1 : stop], mask[order, :stop])
+        expected = feed(llama, cache, ids[:, stop - 1 : stop], mask[:, :stop])[order]
+        assert (logits - expected).abs().max() < 1e-5
+        for one, other in zip(cache.layers, copied.layers, strict=True):
+            assert torch.equal(one.positions[order], other.positions)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "full"])
 def test_heads_and_layers_choose_for_themselves(name, llama):
-    """Except by position (StreamingLLM), and over the heads of a layer (TOVA)."""
-    cache = EvictingCache(llama.config, METHODS[name](9))
+    """Except by position (StreamingLLM), over the heads of a layer (TOVA), or where it is asked for."""
+    cache = EvictingCache(llama.config, ALL[name](9))
     feed(llama, cache, *left_padded(0, n_tokens=N_PROMPT))
-    (layer,) = {len({str(head) for head in layer}) for layer in kept(cache)}
-    assert layer == (1 if name in ("tova", "streaming_llm") else 2)
-    assert len({str(layer) for layer in kept(cache)}) == (1 if name == "streaming_llm" else 3)
+    by_position, together = name.startswith("streaming_llm"), cache.method.granularity != "head"
+    assert together == (name.startswith("tova") or name.endswith(("_layer", "_model", "_all_options")))
+    for layer in kept(cache):
+        assert len({str(head) for head in layer}) == (1 if by_position or together else 2)
+    by_model = cache.method.granularity == "model"
+    assert (len({str(layer) for layer in kept(cache)}) == 1) == (by_position or by_model)
 
 
 def test_methods_choose_differently(llama):
@@ -104,12 +144,11 @@ def test_methods_choose_differently(llama):
         assert chosen[one] != chosen[other], (one, other)
 
 
-@pytest.mark.parametrize("budget", ["full", 1.0, 500])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "budget"), [*((name, "full") for name in METHODS), *((name, 500) for name in ALL)])
 def test_a_full_budget_generates_what_sdpa_does(name, budget, llama):
     ids, mask = left_padded(*PADDING, n_tokens=N_PROMPT)
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
-    cache = EvictingCache(llama.config, METHODS[name](budget))
+    cache = EvictingCache(llama.config, ALL[name](budget))
     generated = llama.generate(ids, past_key_values=cache, **options)
     assert torch.equal(generated, tiny_model("llama", "sdpa").generate(ids, **options))
     cache.check_saw(N_PROMPT + 7)
@@ -166,20 +205,44 @@ def test_random_is_uniform_but_for_the_last_token():
     assert (counts[:4] - 2500).abs().max() < 200  # 4.6 standard deviations
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
+def storages(held: object, found: dict[int, int]) -> dict[int, int]:
+    """Bytes of every storage that tensors in `held` keep alive, by address: of a view all that it is a view of."""
+    if isinstance(held, torch.Tensor):
+        found[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    elif isinstance(held, (list, tuple, dict)):
+        for part in held.values() if isinstance(held, dict) else held:
+            storages(part, found)
+    elif type(held).__module__.startswith("cab_attention."):
+        storages(vars(held), found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float32), ("phi3", torch.bfloat16), ("gemma3", torch.float32)]
+)
 @pytest.mark.parametrize("name", EVICTING)
 def test_evicted_keys_free_their_memory(name, architecture, dtype):
-    model = tiny_model(architecture).to(dtype)
+    """Where heads keep different numbers of keys, storage is that of the keys there are; in a sliding layer it is that
+    of the longest head."""
+    model, per_key = tiny_model(architecture).to(dtype), 2 * 16 * dtype.itemsize  # K and V, dim
     cache = EvictingCache(model.config, METHODS[name](8))
     ids, mask = left_padded(0, 3, n_tokens=N_PROMPT + 3)
     for n_decoded in decode(model, cache, ids, mask, 3):
-        slots = 8 + n_decoded if name in GROWS_IN_DECODE else 8
-        per_layer = 2 * 2 * slots * 2 * 16 * dtype.itemsize  # K and V, rows, slots, KV heads, dim
-        assert cache.cache_bytes == per_layer * len(cache.layers)
-        for layer in cache.layers:
-            assert layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() == per_layer
-            assert layer.bookkeeping_bytes <= 2 * 2 * slots * (8 + 4)
+        if n_decoded == 0:
+            counts = [(layer.positions >= 0).sum(-1) for layer in cache.layers]  # [rows, KV heads]
+            held = [
+                int(count.sum()) if layer.sliding_window is None else int(count.max()) * count.numel()
+                for count, layer in zip(counts, cache.layers, strict=True)
+            ]
+            assert sum(held) == 3 * 4 * 8 or (name, architecture) == ("adakv", "gemma3")
+        grown = 4 * n_decoded if name in GROWS_IN_DECODE else 0
+        assert [layer.cache_bytes for layer in cache.layers] == [per_key * (n + grown) for n in held]
+        assert cache.cache_bytes == sum(layer.cache_bytes for layer in cache.layers)
+        for layer, n in zip(cache.layers, held, strict=True):
+            # Positions and scores; and where heads differ, for each key and value its slot and row.
+            assert layer.bookkeeping_bytes <= layer.positions.numel() * (8 + 4) + (2 * 16 * n if name == "adakv" else 0)
+            a_few_numbers = 200
+            assert sum(storages(layer, {}).values()) <= layer.cache_bytes + layer.bookkeeping_bytes + a_few_numbers
 
 
 def test_a_full_cache_holds_no_larger_tensor_alive():
@@ -200,16 +263,18 @@ def no_garbage_collection():
     gc.enable()
 
 
-@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "expected_attention", "h2o_all_options"])
 def test_the_full_keys_are_gone_at_once(name, llama, no_garbage_collection):
-    cache = EvictingCache(llama.config, METHODS[name](8))
+    """And the queries' covariance [B, H, 16, 16] once it has done its work."""
+    cache = EvictingCache(llama.config, ALL[name](8))
     feed(llama, cache, *left_padded(*PADDING, n_tokens=N_PROMPT))
-    assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 4 and x.shape[2] == N_PROMPT]
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 4]
+    assert not [x for x in tensors if x.shape[2] == N_PROMPT or x.shape[2:] == (16, 16)]
 
 
-@pytest.mark.parametrize("name", ["full", "h2o"])
+@pytest.mark.parametrize("name", ["full", "h2o", "h2o_all_options"])
 def test_a_cache_let_go_is_gone_at_once(name, llama, no_garbage_collection):
-    cache = EvictingCache(llama.config, METHODS[name](8))
+    cache = EvictingCache(llama.config, ALL[name](8))
     ids = random_ids(1, N_PROMPT + 1)
     feed(llama, cache, ids[:, :N_PROMPT])
     feed(llama, cache, ids[:, N_PROMPT:])

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from cab_attention import CAB, H2O, TOVA, Budget, Full, Random, SnapKV, StreamingLLM
+from cab_attention import CAB, H2O, AdaKV, Budget, ExpectedAttention, Full, PyramidKV, SnapKV, StreamingLLM
+from tests.all_methods import EVICTING, METHODS
 
 
 @pytest.mark.parametrize(
@@ -36,11 +37,11 @@ def test_what_is_refused(given):
     assert repr(given) in str(error.value)
 
 
-@pytest.mark.parametrize("method", [CAB, H2O, TOVA, Random, SnapKV, StreamingLLM])
-@pytest.mark.parametrize("given", [0, 1.5, "64", None, True])
-def test_every_method_refuses_it(method, given):
-    with pytest.raises(ValueError, match="budget"):
-        method(given)
+@pytest.mark.parametrize("name", EVICTING)
+def test_every_method_refuses_it(name):
+    for given in (0, 1.5, "64", None, True):
+        with pytest.raises(ValueError, match="budget"):
+            METHODS[name](given)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,14 @@ def test_full_evicts_nothing_whatever_the_method():
         (SnapKV, {"kernel_size": 4}),
         (SnapKV, {"kernel_size": -1}),
         (SnapKV, {"pooling": "sum"}),
+        (PyramidKV, {"beta": 0}),
+        (PyramidKV, {"window": 0}),
+        (AdaKV, {"safeguard": -0.1}),
+        (AdaKV, {"safeguard": 1.1}),
+        (AdaKV, {"safeguard": math.nan}),
+        (AdaKV, {"kernel_size": 4}),
+        (ExpectedAttention, {"sinks": -1}),
+        (ExpectedAttention, {"n_future": 0}),
         (CAB, {"block_size": 0}),
         (CAB, {"bridge": "ollivier"}),
         (CAB, {"redundancy": -0.1}),
@@ -109,6 +118,10 @@ def test_options_out_of_range_are_refused(method, wrong):
         (SnapKV(128), 128, {"window_eff": 32}),
         (SnapKV(33), 33, {"window_eff": 16}),
         (SnapKV(1), 1, {"window_eff": 0}),
+        (PyramidKV(128), 128, {"window_eff": 32}),
+        (AdaKV(33), 33, {"window_eff": 16}),
+        (ExpectedAttention(64), 64, {"sinks_eff": 4}),
+        (ExpectedAttention(5), 5, {"sinks_eff": 2}),
         (H2O(9), 9, {"window_eff": 4}),
         (H2O(9, recent=2), 9, {"window_eff": 2}),
         (H2O(9, recent=8), 9, {"window_eff": 4}),

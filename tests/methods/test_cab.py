@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cab_attention import CAB, curvature
+from cab_attention.cut import select_slots
 from cab_attention.methods import CachedKeys
-from cab_attention.methods.base import select_slots
 from tests.methods.numpy_rules import bridge_values, forman
 
 
@@ -16,7 +16,17 @@ def kept_positions(method: CAB, keys: torch.Tensor, scores: torch.Tensor) -> lis
     """Of one row and head: keys [K, D], scores [K]."""
     n, b = len(keys), method.budget
     budget = torch.tensor([[[b]]])
-    cached = CachedKeys(keys[None, None], torch.arange(n)[None, None], scores[None, None].float(), budget, 0, ("",))
+    cached = CachedKeys(
+        keys=keys[None, None],
+        values=keys[None, None],
+        positions=torch.arange(n)[None, None],
+        scores=scores[None, None].float(),
+        queries=None,
+        budget=budget,
+        layer_index=0,
+        n_layers=1,
+        sample_ids=("",),
+    )
     return select_slots(method.priorities(cached), cached.valid, budget, b)[0, 0].tolist()
 
 
@@ -68,13 +78,14 @@ GRAPHS = {  # edges and the curvature of each, by hand: 4 - deg - deg + 3 triang
 def test_forman_curvature_by_hand(name):
     edges, expected = GRAPHS[name]
     assert [forman(edges)[edge] for edge in edges] == expected
-    adjacency = torch.zeros(1, 1, 6, 6)
+    adjacency = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     for a, c in edges:
-        adjacency[..., a, c] = adjacency[..., c, a] = 1
-    curvatures = curvature.forman_curvature(adjacency)[0, 0]
+        adjacency[..., a, c] = adjacency[..., c, a] = True
+    every_pair = torch.arange(6).expand_as(adjacency)
+    graph = curvature.BlockGraph(every_pair, adjacency.float(), adjacency)
+    curvatures = graph.forman_curvature()[0, 0]
     assert [int(curvatures[a, c]) for a, c in edges] == expected
     assert torch.equal(curvatures, curvatures.T)
-    assert not curvatures[adjacency[0, 0] == 0].any()
 
 
 def planted_keys(seed: int, blocks_each: int, bridge_norm: float, block_size=8, dim=64) -> tuple[torch.Tensor, int]:
