@@ -1,14 +1,16 @@
 """Every config composes into a cell, and every group's choices are what the library has."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import cab_attention
-from experiments.longbench_qa.config import Cell, build_cell, register_schema
+from experiments.longbench_qa.config import Cell, build_cell
 from experiments.longbench_qa.data import DEMO_SETS, LONGBENCH, LONGBENCH_E
+from experiments.longbench_qa.schema import METHOD_OPTIONS, RunConfig, register_schema
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -25,6 +27,57 @@ def composed(*overrides: str) -> DictConfig:
 
 def cell(*overrides: str) -> Cell:
     return build_cell(composed(*overrides))
+
+
+AXES = {
+    "attention": "eager",
+    "compress": "after_context",
+    "first_token": "compressed",
+    "truncate": "right",
+    "chat_template": "always",
+    "prefill_chunk": 64,
+    "budget": 64,
+    "granularity": "layer",
+    "evict_every": 4,
+    "score_queries": "last:8",
+    "positions": "compacted",
+}
+
+
+@pytest.mark.parametrize("key", AXES)
+def test_every_axis_is_in_the_identity_the_config_and_the_folder(key: str):
+    default, other = cell(), cell(f"{key}={AXES[key]}")
+    assert other.folder != default.folder
+    in_method = key in ("budget", *METHOD_OPTIONS)
+    for of, wanted in ((other, AXES[key]), (default, getattr(RunConfig, key, "cab"))):
+        for record in (of.identity(), of.full_config()):
+            assert (record["method"] if in_method else record)[key] == wanted
+    changed = {name for name, value in default.identity().items() if value != other.identity()[name]}
+    assert changed == {"method" if in_method else key}
+    assert default.shares_prefill_with(other) == in_method
+
+
+def test_the_file_says_the_defaults_of_the_schema():
+    written = OmegaConf.load(CONF / "config.yaml")
+    keys = {field.name for field in fields(RunConfig)} - {"model", "method", "dataset", "attention", "wandb"}
+    for key in keys - {"max_samples"}:  # which the built-in data sets set
+        assert written[key] == getattr(RunConfig, key)
+
+
+@pytest.mark.parametrize("key", METHOD_OPTIONS)
+@pytest.mark.parametrize("name", choices("method"))
+def test_an_option_is_set_for_the_methods_that_take_it_and_refused_for_others(name: str, key: str):
+    values = {"granularity": "layer", "evict_every": 3, "evict_in_prefill": "chunk", "score_queries": "last:5"}
+    value = values.get(key, "compacted")
+    overrides = (f"method={name}", f"{key}={value}", "prefill_chunk=64")
+    default = cell(f"method={name}").method
+    if name == "full" or getattr(default, key, None) == value:  # ignores it; is never otherwise
+        assert cell(*overrides).method == default
+    elif f"{key}: ${{{key}}}" in (CONF / "method" / f"{name}.yaml").read_text():
+        assert getattr(cell(*overrides).method, key) == value
+    else:
+        with pytest.raises(ValueError, match=f"^{key}={value} has no meaning for {name}$"):
+            cell(*overrides)
 
 
 def test_the_default_needs_nothing():
@@ -107,6 +160,26 @@ def test_a_methods_config_is_its_defaults(name: str):
         (["model.dtype=bfloat16", "model.max_length=512"], "demo,dtype=bfloat16,max_length=512/h2o/b128/demo_qa"),
         (["max_samples=3", "wandb.mode=disabled", "data_dir=/x", "seed=3"], "demo/h2o/b128/demo_qa"),
         (["model=path", "model.path=org/some-model"], "some-model/h2o/b128/demo_qa"),
+        (
+            ["first_token=compressed", "truncate=left", "chat_template=never", "prefill_chunk=512"],
+            "demo/h2o/b128/demo_qa,first_token=compressed,truncate=left,chat_template=never,prefill_chunk=512",
+        ),
+        (["dataset=trec", "prompts=official"], "demo/h2o/b128/trec"),
+        (["dataset=trec", "prompts_file=/x/short.json"], "demo/h2o/b128/trec,prompts_file=short.json"),
+        (["dataset=trec", "prompts_file=/x/a.json", "prompts=file"], "demo/h2o/b128/trec,prompts_file=a.json"),
+        (["prompts_file=/x/short.json", "prompts=null"], "demo/h2o/b128/demo_qa"),  # it has prompts of its own
+        (["granularity=layer"], "demo/h2o,granularity=layer/b128/demo_qa"),
+        (["evict_every=8", "positions=compacted"], "demo/h2o,evict_every=8,positions=compacted/b128/demo_qa"),
+        (["method=cab", "score_queries=every:4"], "demo/cab,score_queries=every:4/b128/demo_qa"),
+        (
+            ["evict_in_prefill=chunk", "prefill_chunk=64"],
+            "demo/h2o,evict_in_prefill=chunk/b128/demo_qa,prefill_chunk=64",
+        ),
+        (
+            # The full cache has no use for the options of methods that evict, nor for the chunks of one.
+            ["method=full", "granularity=layer", "evict_every=8", "evict_in_prefill=chunk", "score_queries=last:8"],
+            "demo/full/bfull/demo_qa",
+        ),
     ],
 )
 def test_the_folder_names_what_differs_from_the_default(overrides: list[str], folder: str):
@@ -129,11 +202,30 @@ def test_the_folder_names_what_differs_from_the_default(overrides: list[str], fo
         ("method._target_=pathlib.Path", "eviction method"),
         ("dataset.max_new_tokens=0", "max_new_tokens=0"),
         ("model.max_length=1", "max_length"),
+        ("first_token=half", "full, compressed"),
+        ("truncate=both", "middle, left, right"),
+        ("chat_template=true", "official, always, never"),
+        ("prefill_chunk=0", "prefill_chunk=0"),
+        ("prompts=own", "official, file, builtin"),
+        ("prompts=file", "prompts=file is not for demo_qa"),
+        ("dataset=trec prompts=file", "needs prompts_file"),
+        ("dataset=trec prompts=builtin", "builtin is not for trec"),
+        ("granularity=token", "granularity='token'"),
+        ("evict_every=0", "evict_every=0"),
+        ("score_queries=first:8", "score_queries='first:8'"),
+        ("positions=new", "positions='new'"),
+        ("evict_in_prefill=start", "evict_in_prefill='start'"),
+        ("evict_in_prefill=chunk", "evict_in_prefill=chunk needs prefill_chunk"),
+        ("method.evict_in_prefill=chunk", "evict_in_prefill=chunk needs prefill_chunk"),
+        ("method=snapkv evict_every=8", "evict_every=8 has no meaning for snapkv"),
+        ("method=snapkv evict_in_prefill=chunk prefill_chunk=8", "evict_in_prefill=chunk has no meaning for snapkv"),
+        ("method=tova score_queries=last:8", "score_queries=last:8 has no meaning for tova"),
+        ("method=random granularity=model", "granularity=model has no meaning for random"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(override: str, named: str):
     with pytest.raises(ValueError, match=r".") as refused:
-        cell(override)
+        cell(*override.split())
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
 

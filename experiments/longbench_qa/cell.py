@@ -41,7 +41,8 @@ def run_cells(
 ) -> list[Metrics | Exception]:
     """Run cells that differ in their method alone, a sample's prefill once for all of them that lack the sample.
 
-    Everything that can be wrong with the request is found before the model is loaded (ValueError). A sample that fails
+    Everything that can be wrong with the request is found before the model is loaded (ValueError), but for what the
+    model itself does not allow, which is found when it is loaded, before any sample is run. A sample that fails
     is recorded with its error, not scored, and counts in `n_failed`. What is wrong with one cell (its folder holds
     another, is in use, cannot be written) does not stop the others.
 
@@ -94,6 +95,8 @@ def run_cells(
         with closing(close):
             try:
                 model.load(force_eager_attention=one.attention == "eager")
+                if one.chat_template == "always":
+                    model.require_chat_template()
                 made_by = model.description()
             except Exception as error:
                 return [error if index in going else result for index, result in enumerate(results)]
@@ -121,7 +124,10 @@ def _answers(
             [opened.cell.method for opened in lacking],
             max_new_tokens=one.dataset.max_new_tokens,
             compress=one.compress,
-            chat_template=one.dataset.chat_template,
+            first_token=one.first_token,
+            truncate=one.truncate,
+            chat_template=one.uses_chat_template,
+            prefill_chunk=one.prefill_chunk,
             stop_at_newline=one.dataset.stop_at_newline,
             sample_id=row.id,
             answers=row.answers,

@@ -58,7 +58,8 @@ def cell_metrics(
     }
     metrics |= {f"mean_{key}": _mean([s[key] for s in done if s[key] is not None]) for key in MEANS}
     metrics |= {f"max_{key}": max((s[key] for s in done if s[key] is not None), default=None) for key in MAXIMA}
-    metrics["mean_answer_kept_heads"] = _mean_by_head([sample["answer_kept_heads"] for sample in covered])
+    metrics["mean_kept_by_layer"] = _elementwise_mean([sample["kept_by_layer"] for sample in done])
+    metrics["mean_answer_kept_heads"] = _elementwise_mean([sample["answer_kept_heads"] for sample in covered])
     if cell.dataset.name in LONGBENCH_E and finished:
         metrics["score_by_length"] = score_by_length(
             cell.dataset.name,
@@ -70,8 +71,8 @@ def cell_metrics(
     return metrics | {"config": cell.full_config()} | made_with
 
 
-def _mean_by_head(samples: Sequence[list[list[float]]]) -> list[list[float]] | None:
-    """By layer and KV head, over the samples."""
+def _elementwise_mean(samples: Sequence[list[Any]]) -> list[Any] | None:
+    """Of lists by layer, or by layer and KV head, over the samples."""
     return torch.tensor(samples, dtype=torch.float64).mean(0).tolist() if samples else None
 
 

@@ -1,138 +1,94 @@
-"""What a user may configure, checked before anything is loaded, and the cell that it describes."""
+"""A configuration checked before anything is loaded, and the cell that it describes."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cab_attention import Budget, Full, Method
+from experiments.longbench_qa.encoding import TRUNCATE
+from experiments.longbench_qa.prompts import choose_prompts
+from experiments.longbench_qa.schema import (
+    METHOD_OPTIONS,
+    AttentionConfig,
+    DatasetConfig,
+    ModelConfig,
+    RunConfig,
+    WandbConfig,
+)
 from experiments.longbench_qa.shapes import SHAPES
 
 ATTENTIONS = ("cab", "eager")
 COMPRESS = ("after_prompt", "after_context")
+FIRST_TOKEN = ("full", "compressed")
+CHAT_TEMPLATE = ("official", "always", "never")
 MODEL_KINDS = ("demo", "tiny", "random", "path")
 DTYPES = ("float32", "bfloat16", "float16")
 WANDB_MODES = ("offline", "online", "disabled")
-
-
-@dataclass
-class ModelConfig:
-    """A model.
-
-    `kind`: `demo` (built in, trained on demo_qa's language), `tiny` (built in, random weights), `random` (a named
-    `shape`, random weights) or `path` (folder or hub id).
-    """
-
-    name: str | None = None  # in folders and tables; default: the last part of `path`
-    kind: str = MISSING
-    path: str | None = None
-    shape: str | None = None
-    revision: str | None = None  # of a hub id
-    trust_remote_code: bool = False
-    use_safetensors: bool = True  # false also reads pickled weights, which can run code
-    dtype: str | None = None  # default: the checkpoint's; float32 for demo and tiny, bfloat16 for random
-    max_length: int | None = None  # prompt and answer together, in tokens; default: the model's context
-    device: str | None = None  # default: the GPU if there is one
-
-
-@dataclass
-class DatasetConfig:
-    """A data set: its name is its file's stem; generation length in tokens."""
-
-    name: str = MISSING
-    max_new_tokens: int = MISSING
-    chat_template: bool = True
-    stop_at_newline: bool = False
-
-
-@dataclass
-class AttentionConfig:
-    """`cab`, or `eager` (the model's own eager attention: the independent check)."""
-
-    name: str = "cab"
-
-
-@dataclass
-class WandbConfig:
-    """One Weights & Biases run a cell."""
-
-    mode: str = "offline"
-    project: str = "cab-attention"
-    group: str | None = None
-
-
-@dataclass
-class RunConfig:
-    """The schema of conf/config.yaml: typos and wrong types are refused before anything loads."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: dict[str, Any] = field(default_factory=dict)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    budget: Any = 128
-    compress: str = "after_prompt"
-    max_samples: int | None = None
-    seed: int = 0
-    data_dir: str | None = None
-    prompts: str | None = None
-    prompts_file: str | None = None
-    cache_dir: str | None = None
-    output_dir: str = "results/longbench_qa"
-    share_prefill: bool = True
-
-
-def register_schema() -> None:
-    """Make the schema known to Hydra under the name that conf/config.yaml starts from."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+AXES = ("compress", "first_token", "truncate", "chat_template", "prefill_chunk")  # of the protocol, named as in a Cell
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the study: model x method x budget x data set, and the axes beside."""
+    """One cell of the study: model x method x budget x data set, and the protocol; conf/config.yaml says what a key is.
+
+    `prompts` is `official`, `file` or `builtin`; `prompts_file` is set for `file` only.
+    """
 
     model: ModelConfig
     method: Method
     dataset: DatasetConfig
     attention: str
     compress: str
+    first_token: str
+    truncate: str
+    chat_template: str
+    prompts: str
+    prompts_file: str | None
+    prefill_chunk: int | None
     seed: int
     max_samples: int | None
     data_dir: str | None
-    prompts: str | None
-    prompts_file: str | None
     cache_dir: str | None
     output_dir: str
     wandb: WandbConfig
-    share_prefill: bool = True
+    share_prefill: bool
 
     @property
     def folder(self) -> Path:
         """Where the cell's records lie: MODEL/METHOD/bBUDGET/DATASET, with whatever differs from its default."""
         model = _named(str(self.model.name), dtype=self.model.dtype, max_length=self.model.max_length)
         method = _named(self.method.name, **_changed_options(self.method))
-        axes = {
-            "attention": self.attention if self.attention != "cab" else None,
-            "compress": self.compress if self.compress != "after_prompt" else None,
-        }
+        axes: dict[str, Any] = {"attention": self.attention} if self.attention != AttentionConfig.name else {}
+        axes |= {key: getattr(self, key) for key in AXES if getattr(self, key) != getattr(RunConfig, key)}
+        if self.prompts_file is not None:  # by its name, so that each of a sweep's files has a cell of its own
+            axes["prompts_file"] = Path(self.prompts_file).name
         budget = f"b{self.method.parsed_budget}"
         return Path(self.output_dir) / model / method / budget / _named(self.dataset.name, **axes)
 
+    @property
+    def uses_chat_template(self) -> bool:
+        """Put the model's chat template around a prompt; with `official`, where the model has one."""
+        return self.chat_template == "always" or (self.chat_template == "official" and self.dataset.chat_template)
+
     def shares_prefill_with(self, other: "Cell") -> bool:
-        """The two differ in their method and its budget at most."""
+        """The two differ in their method, its budget and its options at most."""
         return replace(self, method=other.method) == other
 
     def identity(self) -> dict[str, Any]:
-        """What makes a sample's record what it is; equal for two runs that may share a folder."""
+        """What makes a sample's record what it is; equal for two runs that may share a folder.
+
+        A prompts file is known by its text's sha256, which `OpenCell` adds, not by its place.
+        """
         return {
             "model": {key: value for key, value in asdict(self.model).items() if key != "device"},
             "method": {"name": self.method.name, **asdict(self.method)},
             "dataset": asdict(self.dataset),
             "attention": self.attention,
-            "compress": self.compress,
+            "prompts": self.prompts,
+            **{key: getattr(self, key) for key in AXES},
         }
 
     def full_config(self) -> dict[str, Any]:
@@ -148,6 +104,9 @@ def build_cell(config: DictConfig) -> Cell:
         ("model.kind", run.model.kind, MODEL_KINDS),
         ("attention", run.attention.name, ATTENTIONS),
         ("compress", run.compress, COMPRESS),
+        ("first_token", run.first_token, FIRST_TOKEN),
+        ("truncate", run.truncate, TRUNCATE),
+        ("chat_template", run.chat_template, CHAT_TEMPLATE),
         ("wandb.mode", run.wandb.mode, WANDB_MODES),
     ):
         if value not in allowed:
@@ -156,22 +115,30 @@ def build_cell(config: DictConfig) -> Cell:
         ("dataset.max_new_tokens", run.dataset.max_new_tokens, 1),
         ("max_samples", run.max_samples, 1),
         ("model.max_length", run.model.max_length, 2),
+        ("prefill_chunk", run.prefill_chunk, 1),
     ):
         if number is not None and number < least:
             raise ValueError(f"{key}={number}, allowed is an integer >= {least}")
     _check_model(run.model)
     Budget.parse(run.budget)
+    prompts = choose_prompts(run.dataset.name, run.prompts, run.prompts_file)
+    method = build_method(run.method)
+    _check_method_options(run, method)
     return Cell(
         model=run.model,
-        method=build_method(run.method),
+        method=method,
         dataset=run.dataset,
         attention=run.attention.name,
         compress=run.compress,
+        first_token=run.first_token,
+        truncate=run.truncate,
+        chat_template=run.chat_template,
+        prompts=prompts,
+        prompts_file=run.prompts_file if prompts == "file" else None,
+        prefill_chunk=run.prefill_chunk,
         seed=run.seed,
         max_samples=run.max_samples,
         data_dir=run.data_dir,
-        prompts=run.prompts,
-        prompts_file=run.prompts_file,
         cache_dir=run.cache_dir,
         output_dir=run.output_dir,
         wandb=run.wandb,
@@ -203,6 +170,18 @@ def build_method(options: dict[str, Any]) -> Method:
     if not isinstance(method, Method):
         raise ValueError(f"method._target_={options.get('_target_')!r} is not an eviction method")
     return method
+
+
+def _check_method_options(run: RunConfig, method: Method) -> None:
+    """Refuse what the method would not do as the records said: an option it does not take, or without its chunks."""
+    if isinstance(method, Full):  # keeps everything, whatever the options: one cell for all of a sweep's values
+        return
+    for key in METHOD_OPTIONS:
+        value = getattr(run, key)
+        if value != getattr(RunConfig, key) and getattr(method, key, None) != value:
+            raise ValueError(f"{key}={value} has no meaning for {method.name}")
+    if method.evict_in_prefill == "chunk" and run.prefill_chunk is None:
+        raise ValueError("evict_in_prefill=chunk needs prefill_chunk=TOKENS: the prompt is fed in one forward")
 
 
 def _changed_options(method: Method) -> dict[str, Any]:

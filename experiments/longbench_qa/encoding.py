@@ -1,10 +1,12 @@
-"""From a filled prompt to token ids: truncation from the middle, chat template, and where the context ends."""
+"""From a filled prompt to token ids: truncation, chat template, and where the context ends."""
 
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from experiments.longbench_qa.prompts import FilledPrompt
+
+TRUNCATE = ("middle", "left", "right")  # what of a too long prompt is cut away
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class EncodedPrompt:
         offsets: characters of `text` that each token stands for.
         text: what was tokenised.
         context: characters of `text` that are the context's.
-        context_end: tokens up to and including the context's last.
-        truncated: the middle was cut out.
+        context_end: tokens up to and including the context's last, or where it would be if the cut took it; at least 1.
+        truncated: a part was cut away.
     """
 
     ids: list[int]
@@ -29,44 +31,71 @@ class EncodedPrompt:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerFast, prompt: FilledPrompt, max_tokens: int, chat_template: bool
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: FilledPrompt,
+    max_tokens: int,
+    chat_template: bool,
+    truncate: str = "middle",
 ) -> EncodedPrompt:
-    """Encode as LongBench's authors do.
+    """Encode as LongBench's authors do, who truncate the middle.
 
-    A prompt of more than `max_tokens` (less the chat template's own) keeps its first and last half; then the chat
-    template is put around it, where the model has one and the data set asks for it, without a second BOS. Text cut
-    inside a character can come out longer: it is cut again, so that the result is never over `max_tokens`.
+    A prompt of more than `max_tokens` (less the chat template's own) loses its middle, its left end or its right end,
+    as tokens, and becomes text again; then the chat template is put around it, where the model has one and
+    `chat_template` asks for it, without a second BOS. Text cut inside a character can come out longer: it is cut
+    again, so that the result is never over `max_tokens`.
     Raises ValueError if there is no room for a prompt.
     """
+    if truncate not in TRUNCATE:
+        raise ValueError(f"truncate={truncate!r}, allowed is one of {', '.join(TRUNCATE)}")
     use_template = chat_template and tokenizer.chat_template is not None
     room = max_tokens - (len(_tokenise(tokenizer, _chat(tokenizer, ""), special=False)[0]) if use_template else 0)
     ids, offsets = _tokenise(tokenizer, prompt.text, special=True)
-    truncated, half = len(ids) > room, room // 2
+    step = 2 if truncate == "middle" else 1  # two halves of the same length
+    truncated, n_kept = len(ids) > room, room - room % step
     while True:
-        if half < 1:
+        if n_kept < 1:
             raise ValueError(f"no room for a prompt: {max_tokens} tokens are left beside the answer")
-        text, end = prompt.text, prompt.context_end
+        text, context = prompt.text, (prompt.context_start, prompt.context_end)
         if truncated:
-            text, end = _without_middle(tokenizer, ids, half, _first_after(offsets, end))
-        encoded = _encode_whole(tokenizer, text, (min(prompt.context_start, end), end), truncated, use_template)
+            text, context = _cut(tokenizer, ids, offsets, _kept(truncate, len(ids), n_kept), context)
+        encoded = _encode_whole(tokenizer, text, context, truncated, use_template)
         if len(encoded.ids) <= max_tokens:
             return encoded
-        truncated, half = True, half - 1
+        truncated, n_kept = True, n_kept - step
 
 
-def _without_middle(tokenizer: PreTrainedTokenizerFast, ids: list[int], half: int, n_context: int) -> tuple[str, int]:
-    """The text of the first and last `half` tokens, and the character in it where the first `n_context` tokens end."""
+def _kept(truncate: str, n_tokens: int, n_kept: int) -> list[tuple[int, int]]:
+    """The stretches of tokens that stay."""
+    if truncate == "left":
+        return [(max(0, n_tokens - n_kept), n_tokens)]
+    if truncate == "right":
+        return [(0, n_kept)]
+    half = n_kept // 2
+    return [(0, half), (max(half, n_tokens - half), n_tokens)]
 
-    def decode(some: list[int]) -> str:
-        return tokenizer.decode(some, skip_special_tokens=True)
 
-    first = decode(ids[:half])
-    text = first + decode(ids[-half:])
-    if n_context <= half:
-        return text, len(decode(ids[:n_context]))
-    if n_context <= len(ids) - half:  # what follows the context is itself cut
-        return text, len(first)
-    return text, len(text) - len(decode(ids[n_context:]))
+def _cut(
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    kept: list[tuple[int, int]],
+    context: tuple[int, int],
+) -> tuple[str, tuple[int, int]]:
+    """The text of the tokens kept, and where the context lies in it: an edge that was cut away lies at the cut."""
+
+    def before(token: int) -> str:
+        """What is left of the text before a token."""
+        pieces = [ids[first : min(last, token)] for first, last in kept if first < token]
+        return "".join(tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces)
+
+    def place(edge: int) -> int:
+        token = next((index for index, (_, last) in enumerate(offsets) if last > edge), len(ids))
+        at = len(before(token))
+        inside = max(0, edge - offsets[token][0]) if token < len(ids) else 0
+        return min(at + inside, len(before(token + 1))) if inside else at
+
+    start, end = context
+    return before(len(ids)), (place(start), place(end))
 
 
 def _encode_whole(

@@ -1,6 +1,6 @@
 """A prompt on its way to an answer: fed to a cache, decoded greedily, and described with what that took."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from experiments.longbench_qa.memory import MemoryMeter
 class Generation:
     """An answer and its cost. Peaks are over the weights; None where there is no GPU to measure them on.
 
+    What is kept is measured right after the cut, before whatever of the prompt follows it is fed; the cache's bytes
+    when the whole prompt is through and decode begins.
+
     Where several methods shared a prefill, its time and peak are nobody's own: `prefill_ms`, `prefill_peak_bytes` and
     `total_peak_bytes` are None, and the decode peak leaves the other methods' caches out.
     """
@@ -28,14 +31,15 @@ class Generation:
     truncated: bool
     compressed_tokens: int  # prompt tokens seen when the cache was cut
     budget_tokens: int  # what the budget came to
-    kept_tokens: float  # right after the prompt, mean over layers and KV heads
+    kept_tokens: float  # mean over layers and KV heads
+    kept_by_layer: list[float]  # mean over KV heads
     answer_kept: float | None  # share of the answer's tokens in the context that survived; None if it has none
     answer_kept_heads: list[list[float]] | None  # the same by layer and KV head
     effective: dict[str, int]  # the method's window and sinks at this budget
-    cache_bytes: int  # K and V right after the prompt
+    cache_bytes: int  # K and V
     bookkeeping_bytes: int  # positions and scores
     prefill_shared: bool  # with other methods
-    prefill_ms: float | None
+    prefill_ms: float | None  # of all of the prompt, in however many forwards
     decode_ms_per_token: float | None  # None if the first token ended the answer
     weights_bytes: int | None
     prefill_peak_bytes: int | None
@@ -44,17 +48,35 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What survived a cut: tokens by layer (mean over KV heads), and shares of the answer's by layer and KV head."""
+
+    by_layer: list[float]
+    answer_heads: list[list[float]] | None  # None if the context does not hold the answer
+
+
+@dataclass(frozen=True)
 class Task:
-    """An encoded prompt and how to answer it: the same for every method that does."""
+    """An encoded prompt and how to answer it: the same for every method that does.
+
+    Attributes:
+        compress_at: tokens of the prompt that are compressed.
+        decode_from: tokens that count as the prompt, the rest as decode steps: all of them, or all but the last, which
+            is then fed after the cut.
+        prefill_chunk: tokens that one forward takes at most; None: no limit.
+        answer_tokens: indices of the prompt's tokens that are the answer's.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     encoded: EncodedPrompt
-    compress_at: int  # in tokens
+    compress_at: int
+    decode_from: int
+    prefill_chunk: int | None
     max_new_tokens: int
     stop_at_newline: bool
     sample_id: str
-    answer_tokens: Sequence[int]  # indices of the prompt's tokens that are the answer's
+    answer_tokens: Sequence[int]
 
     @property
     def stops(self) -> frozenset[int]:
@@ -66,10 +88,26 @@ class Task:
         return EvictingCache(
             self.model.config,
             method,
-            prompt_tokens=len(self.encoded.ids),
+            prompt_tokens=self.decode_from,
             compress_at=self.compress_at,
             sample_ids=self.sample_id,
         )
+
+    def forwards(self) -> list[tuple[int, int]]:
+        """[first, last) of the prompt's tokens in each forward: none runs over the cut."""
+        n_prompt = len(self.encoded.ids)
+        return [*self._chunks(0, self.compress_at), *self._chunks(self.compress_at, n_prompt)]
+
+    def _chunks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        size = self.prefill_chunk or len(self.encoded.ids)
+        return ((start, min(start + size, last)) for start in range(first, last, size))
+
+    def most_keys(self, method: Method, first: int, last: int) -> int:
+        """Keys that the forward of [first, last) attends to, in a layer and KV head; at most, where budgets vary."""
+        if not (method.evicts and method.evict_in_prefill == "chunk"):
+            return last
+        budget = method.parsed_budget.tokens(self.compress_at)
+        return min(last, budget + last - min(first, self.compress_at))
 
     def feed_to_cut(self, cache: EvictingCache | SharedPrefill) -> tuple[int, Tensor]:
         """Feed the prompt as far as it is compressed; returns what `GreedyDecoder.step` does."""
@@ -81,29 +119,38 @@ class Task:
         return self._feed(cache, self.compress_at, n_prompt) if self.compress_at < n_prompt else next_token
 
     def _feed(self, cache: EvictingCache | SharedPrefill, first: int, last: int) -> tuple[int, Tensor]:
-        ids = torch.tensor([self.encoded.ids[first:last]], device=self.model.device)
-        # LongBench's authors let an answer that stops at a newline have at least one token.
-        needs_one = self.stop_at_newline and last == len(self.encoded.ids)
-        return GreedyDecoder(self.model, cache).step(ids, forbidden=self.stops if needs_one else frozenset())
+        decoder = GreedyDecoder(self.model, cache)
+        for start, end in self._chunks(first, last):
+            ids = torch.tensor([self.encoded.ids[start:end]], device=self.model.device)
+            # LongBench's authors let an answer that stops at a newline have at least one token.
+            needs_one = self.stop_at_newline and end == len(self.encoded.ids)
+            next_token = decoder.step(ids, forbidden=self.stops if needs_one else frozenset())
+        return next_token
+
+    def kept(self, cache: EvictingCache) -> Kept:
+        """What the cache holds, right after the cut."""
+        positions = [layer.positions for layer in cache.layers]
+        by_layer = torch.stack([(layer >= 0).sum(-1).double().mean() for layer in positions])
+        return Kept(by_layer.tolist(), shares_kept(self.answer_tokens, positions))
 
     def answer(
         self,
         cache: EvictingCache,
         next_token: tuple[int, Tensor],
+        kept: Kept,
         meter: MemoryMeter,
         prefill: tuple[float, int | None] | None,
     ) -> Generation:
         """Decode, and describe it all.
 
         Args:
-            cache: right after the prompt.
+            cache: when the prompt is through.
             next_token: that followed the prompt, as `feed_rest` returns it.
+            kept: of the cache, right after the cut.
             meter: made before there was any cache.
             prefill: ms and peak bytes over the weights; None if it was shared.
         """
         method, stops, decoder = cache.method, self.stops, GreedyDecoder(self.model, cache)
-        by_head = shares_kept(self.answer_tokens, [layer.positions for layer in cache.layers])
-        kept = torch.stack([(layer.positions >= 0).sum(-1).double().mean() for layer in cache.layers]).mean().item()
         cache_bytes, bookkeeping_bytes = cache.cache_bytes, cache.bookkeeping_bytes
 
         token, ids = next_token
@@ -121,6 +168,7 @@ class Task:
         total_peak = None
         if prefill_peak is not None and decode_peak is not None and meter.weights_bytes is not None:
             total_peak = meter.weights_bytes + max(prefill_peak, decode_peak)
+        by_head = kept.answer_heads
         budget_tokens = method.parsed_budget.tokens(self.compress_at)
         text = self.tokenizer.decode(answer[:-1] if answer[-1] in stops else answer, skip_special_tokens=True)
         return Generation(
@@ -130,7 +178,8 @@ class Task:
             truncated=self.encoded.truncated,
             compressed_tokens=self.compress_at,
             budget_tokens=budget_tokens,
-            kept_tokens=kept,
+            kept_tokens=sum(kept.by_layer) / len(kept.by_layer),
+            kept_by_layer=kept.by_layer,
             answer_kept=None if by_head is None else sum(map(sum, by_head)) / sum(map(len, by_head)),
             answer_kept_heads=by_head,
             effective=method.effective(budget_tokens),

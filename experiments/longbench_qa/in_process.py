@@ -18,15 +18,16 @@ _finished: dict[int, tuple[Cell, Metrics]] = {}  # by number, for the summary
 def groups(cells: Mapping[int, Cell]) -> list[dict[int, Cell]]:
     """Numbered cells in groups that `run_cells` takes, in the order of first appearance.
 
-    Cells that do not share their prefill are alone, and so is one whose folder an earlier cell of its group has: it
-    finds what that one recorded.
+    Cells that do not share their prefill are alone (nor can they with `prefill_chunk`: a method may cut between two
+    chunks), and so is one whose folder an earlier cell of its group has: it finds what that one recorded.
     """
     found: list[dict[int, Cell]] = []
     for number, cell in cells.items():
+        shares = cell.share_prefill and cell.prefill_chunk is None
         for group in found:
             folders = [other.folder for other in group.values()]
             first = next(iter(group.values()))
-            if cell.share_prefill and cell.shares_prefill_with(first) and cell.folder not in folders:
+            if shares and cell.shares_prefill_with(first) and cell.folder not in folders:
                 group[number] = cell
                 break
         else:

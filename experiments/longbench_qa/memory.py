@@ -41,6 +41,12 @@ class MemoryMeter:
         return elapsed_ms, torch.cuda.max_memory_allocated(self.device) - self.weights_bytes
 
 
+def one_after_the_other(first: tuple[float, int | None], second: tuple[float, int | None]) -> tuple[float, int | None]:
+    """Time and peak of two stretches, as `MemoryMeter.stop` returns them, taken as one."""
+    peaks = [peak for _, peak in (first, second) if peak is not None]
+    return first[0] + second[0], max(peaks, default=None)
+
+
 def free_memory() -> None:
     """Let go of what nothing refers to any more, also in PyTorch's own store of GPU memory."""
     gc.collect()

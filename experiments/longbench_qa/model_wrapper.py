@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from cab_attention import H2O, EvictingCache, Method, SharedPrefill
 from experiments.longbench_qa.answer_kept import answer_tokens
-from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.encoding import chat_frame, encode_prompt
 from experiments.longbench_qa.generation import Generation, Task
 from experiments.longbench_qa.greedy import stop_ids
-from experiments.longbench_qa.memory import MemoryMeter, free_memory, refuse_eager_that_cannot_fit
+from experiments.longbench_qa.memory import MemoryMeter, free_memory, one_after_the_other, refuse_eager_that_cannot_fit
 from experiments.longbench_qa.models import LoadedModel, load
 from experiments.longbench_qa.prompts import FilledPrompt
+from experiments.longbench_qa.schema import ModelConfig
 
 
 class Options(TypedDict, total=False):
@@ -24,15 +24,24 @@ class Options(TypedDict, total=False):
 
     compress: cut after the prompt (`after_prompt`) or after its context (`after_context`: what follows the context is
         kept and comes on top of the budget).
+    first_token: comes from the `full` cache, which is cut after the whole prompt, or from the `compressed` one: the
+        prompt but its last token is cut, then the last is fed as a decode step. No choice where a part of the prompt
+        follows the context that is cut: it comes from the compressed cache.
+    truncate: what of a too long prompt is cut away, its `middle`, its `left` or its `right` end.
+    chat_template: put the model's around the prompt, where it has one.
+    prefill_chunk: tokens of the prompt that one forward takes at most.
     sample_id: seeds methods that draw.
     answers: references, to look for in the context (`answer_kept`), unless
     answer_span: says in which of the context's characters the answer stands.
-    on_compressed: called with a method's cache when the prompt is through.
+    on_compressed: called with a method's cache when the whole prompt is through, before decode.
     """
 
     max_new_tokens: Required[int]
     compress: str  # default: after_prompt
+    first_token: str  # default: full
+    truncate: str  # default: middle
     chat_template: bool  # default: true
+    prefill_chunk: int | None  # default: None, no limit
     stop_at_newline: bool  # default: false
     sample_id: str
     answers: Sequence[str]
@@ -92,6 +101,11 @@ class ModelWrapper:
             "chat_frame": chat_frame(tokenizer),
         }
 
+    def require_chat_template(self) -> None:
+        """Raise ValueError if the model's tokenizer has no chat template."""
+        if self.loaded.tokenizer.chat_template is None:
+            raise ValueError(f"chat_template=always: {self.config.name} has no chat template, allowed: official, never")
+
     @property
     def max_length(self) -> int:
         """Tokens of prompt and answer together."""
@@ -117,14 +131,18 @@ class ModelWrapper:
             ValueError: the prompt does not fit. MemoryError: eager attention would not. FloatingPointError: the logits
             are not numbers. RuntimeError: the model did not use the cache.
         """
-        task, meter = self._task(prompt, options), MemoryMeter(self.loaded.model.device)
+        task, meter = self._task(prompt, [method], options), MemoryMeter(self.loaded.model.device)
         cache = task.new_cache(method)
         started = meter.start()
-        next_token = task.feed_rest(cache, task.feed_to_cut(cache))
-        prefill = meter.stop(started)
+        next_token = task.feed_to_cut(cache)
+        to_cut = meter.stop(started)
+        kept = task.kept(cache)  # takes its own time
+        started = meter.start()
+        next_token = task.feed_rest(cache, next_token)
+        prefill = one_after_the_other(to_cut, meter.stop(started))
         if "on_compressed" in options:
             options["on_compressed"](cache)
-        return task.answer(cache, next_token, meter, prefill)
+        return task.answer(cache, next_token, kept, meter, prefill)
 
     def generate_each(
         self, prompt: FilledPrompt | str, methods: Sequence[Method], **options: Unpack[Options]
@@ -132,9 +150,9 @@ class ModelWrapper:
         """`generate` for each method, from one prefill: in the methods' order their answers, or what each raised.
 
         The answers are those of `generate`. Where the shared prefill raises, which may be one method's fault alone,
-        each method gets its own.
+        each method gets its own; so it does with `prefill_chunk`, since a prefill in chunks is not shared.
         """
-        if len(methods) > 1:
+        if len(methods) > 1 and options.get("prefill_chunk") is None:
             try:
                 return self._generate_together(prompt, methods, options)
             except Exception as error:
@@ -146,42 +164,58 @@ class ModelWrapper:
     def _generate_together(
         self, prompt: FilledPrompt | str, methods: Sequence[Method], options: Options
     ) -> list[Generation | Exception]:
-        task, meter = self._task(prompt, options), MemoryMeter(self.loaded.model.device)
+        task, meter = self._task(prompt, methods, options), MemoryMeter(self.loaded.model.device)
         caches = [task.new_cache(method) for method in methods]
         next_token = task.feed_to_cut(SharedPrefill(caches))
 
         def go_on() -> Generation:
             cache = caches.pop(0)  # so that it is freed when it has answered
+            kept = task.kept(cache)
             own_token = task.feed_rest(cache, next_token)
             if "on_compressed" in options:
                 options["on_compressed"](cache)
-            return task.answer(cache, own_token, meter, prefill=None)
+            return task.answer(cache, own_token, kept, meter, prefill=None)
 
         return [_caught(go_on) for _ in methods]
 
-    def _task(self, prompt: FilledPrompt | str, options: Options) -> Task:
+    def _task(self, prompt: FilledPrompt | str, methods: Sequence[Method], options: Options) -> Task:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         max_new_tokens, after_context = options["max_new_tokens"], options.get("compress") == "after_context"
         if isinstance(prompt, str):
             if after_context:
                 raise ValueError("compress='after_context' needs a filled prompt that says where its context ends")
             prompt = FilledPrompt(prompt, 0, len(prompt))
-        encoded = encode_prompt(tokenizer, prompt, self.max_length - max_new_tokens, options.get("chat_template", True))
-        n_prompt = len(encoded.ids)
-        compress_at = encoded.context_end if after_context else n_prompt
-        if self.eager:
-            for first, last in ((0, compress_at), (compress_at, n_prompt)):
-                refuse_eager_that_cannot_fit(model, last - first, last)
-        return Task(
+        encoded = encode_prompt(
+            tokenizer,
+            prompt,
+            self.max_length - max_new_tokens,
+            options.get("chat_template", True),
+            options.get("truncate", "middle"),
+        )
+        compress_at = decode_from = len(encoded.ids)
+        if after_context:
+            compress_at = encoded.context_end
+        if options.get("first_token") == "compressed" and compress_at == decode_from:
+            compress_at = decode_from = decode_from - 1
+            if not compress_at:
+                raise ValueError("first_token=compressed needs a prompt of 2 tokens or more, this one has 1")
+        task = Task(
             model=model,
             tokenizer=tokenizer,
             encoded=encoded,
             compress_at=compress_at,
+            decode_from=decode_from,
+            prefill_chunk=options.get("prefill_chunk"),
             max_new_tokens=max_new_tokens,
             stop_at_newline=options.get("stop_at_newline", False),
             sample_id=options.get("sample_id", ""),
             answer_tokens=answer_tokens(encoded, options.get("answers", ()), options.get("answer_span")),
         )
+        if self.eager:
+            for first, last in task.forwards():
+                n_keys = max(task.most_keys(method, first, last) for method in methods)
+                refuse_eager_that_cannot_fit(model, last - first, n_keys)
+        return task
 
 
 def _caught(answer: Callable[[], Generation]) -> Generation | Exception:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from cab_attention import load_model_with_attention
-from experiments.longbench_qa.config import ModelConfig
+from experiments.longbench_qa.schema import ModelConfig
 from experiments.longbench_qa.shapes import SHAPES, TINY
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.longbench_qa.data import DEMO_SETS, base_name
+from experiments.longbench_qa.data import DEMO, base_name
 from experiments.longbench_qa.sources import OFFICIAL_PROMPTS, Provenance, cached
 
 MODES = ("official", "file", "builtin")
@@ -31,12 +31,12 @@ def load_prompt(
 
     `prompts` is `official` (LongBench's own dataset2prompt.json, downloaded once into `cache_dir`), `file` (such a
     file: a JSON object from data set name to template; a LongBench-E set has that of its name without `_e`), or
-    `builtin` (the project's own, for demo_qa only). None: what fits `dataset` and `prompts_file`.
+    `builtin` (the project's own, for demo_qa only). None: as `choose_prompts` says.
     The sha256 is that of the template's text: equal for the same prompt from another place.
     Raises ValueError for whatever is unknown, missing or malformed.
     """
     name = base_name(dataset)
-    mode = _mode(dataset, prompts, prompts_file)
+    mode = choose_prompts(dataset, prompts, prompts_file)
     if mode == "builtin":
         template, source = DEMO_TEMPLATE, "builtin"
     elif mode == "official":
@@ -68,8 +68,12 @@ def fill_template(template: str, context: str, question: str) -> FilledPrompt:
     return FilledPrompt(before + context + after, len(before), len(before) + len(context))
 
 
-def _mode(dataset: str, prompts: str | None, prompts_file: str | None) -> str:
-    own = dataset in DEMO_SETS
+def choose_prompts(dataset: str, prompts: str | None, prompts_file: str | None) -> str:
+    """`prompts`, or for None what fits: a data set of the project's own has its own, any other LongBench's or a file's.
+
+    Raises ValueError for what does not fit together.
+    """
+    own = base_name(dataset) == DEMO
     if prompts is None:  # a prompts_file may be given for a sweep that has demo_qa beside others
         return "builtin" if own else "official" if prompts_file is None else "file"
     if prompts not in MODES:

@@ -1,6 +1,10 @@
 """A cell's folder: config.json says what it is, predictions.jsonl holds a line a sample, metrics.json the result.
 
 What is there is never overwritten: a run adds the samples that are missing, or refuses a folder that is not its own.
+
+The three files have one format, with a number. It changes with the keys of a cell's identity, with those of a sample,
+and with what one of them means, so that no folder holds records of two kinds. A new key of metrics.json alone, which
+every run writes anew, does not change it.
 """
 
 import fcntl
@@ -13,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-FORMAT = 2  # of the three files; a folder of another format is refused, not converted
+FORMAT = 3  # a folder of another format is refused, not converted
 SAMPLE_KEYS = {"id", "prediction", "answers", "score", "error"}
 
 

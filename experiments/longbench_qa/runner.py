@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.longbench_qa.config import build_cell, register_schema
+from experiments.longbench_qa.config import build_cell
 from experiments.longbench_qa.in_process import run_together, summarise
+from experiments.longbench_qa.schema import register_schema
 
 register_schema()
 

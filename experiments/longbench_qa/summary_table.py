@@ -27,13 +27,15 @@ COLUMNS = (
 def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
     """One line a complete cell, in the order they ran; below, what is incomplete and why.
 
-    A cell that ran twice is listed once. Kept tokens and cache are right after the prompt, per layer and KV head and
-    for K and V of all layers; times are means over samples, the peak is over the weights. A prefill that cells shared
-    is no cell's own: its time and the peak are left out.
+    A cell that ran twice is listed once. Names are those of the cell's folder, with every option and axis that is not
+    at its default. Kept tokens are right after the cut, per layer and KV head; the cache is K and V of all layers when
+    decode begins; times are means over samples, the peak is over the weights. A prefill that cells shared is no cell's
+    own: its time and the peak are left out.
     """
     table = Table(title="LongBench QA")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("model", "method", "data set") else "right", no_wrap=True)
+        is_name = column in ("model", "method", "data set")  # whole even where the terminal is narrow
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     latest = {cell.folder: (cell, metrics) for cell, metrics in cells}.values()
     complete = [(cell, metrics) for cell, metrics in latest if metrics["status"] == "complete"]
     for cell, metrics in complete:
@@ -57,7 +59,7 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
         )
     console = Console()
     if not console.is_terminal:  # a log file has no width
-        console = Console(width=240)
+        console = Console(width=1000)
     if complete:
         console.print(table)
     for cell, metrics in latest:

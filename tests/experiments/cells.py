@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cab_attention import H2O
-from experiments.longbench_qa.config import Cell, DatasetConfig, ModelConfig, WandbConfig
+from experiments.longbench_qa.config import Cell
+from experiments.longbench_qa.schema import DatasetConfig, ModelConfig, WandbConfig
 
 MODEL = ModelConfig(name="tiny", kind="tiny", max_length=300, device="cpu")
 
@@ -18,14 +19,19 @@ def demo_cell(output_dir: Path, **changes: Any) -> Cell:
         dataset=DatasetConfig(name="demo_qa", max_new_tokens=4),
         attention="cab",
         compress="after_prompt",
+        first_token="full",
+        truncate="middle",
+        chat_template="official",
+        prompts="builtin",
+        prompts_file=None,
+        prefill_chunk=None,
         seed=0,
         max_samples=3,
         data_dir=None,
-        prompts=None,
-        prompts_file=None,
         cache_dir=None,
         output_dir=str(output_dir),
         wandb=WandbConfig(mode="disabled"),
+        share_prefill=True,
     )
     return replace(cell, **changes)
 

@@ -1,14 +1,15 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from cab_attention import Full
+from cab_attention import H2O, Full
 from experiments.longbench_qa import cell as cell_module
 from experiments.longbench_qa.cell import run_cell
-from experiments.longbench_qa.config import Cell, DatasetConfig
+from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.model_wrapper import ModelWrapper
+from experiments.longbench_qa.schema import DatasetConfig
 from tests.experiments import cells
 from tests.experiments.cells import MODEL, recorded
 
@@ -37,7 +38,7 @@ def test_a_cell_leaves_its_records(demo_cell: Cell, model: ModelWrapper):
     assert metrics["budget_kind"] == "tokens"
     assert metrics["mean_kept_tokens"] == metrics["mean_budget_tokens"] == 32
     assert metrics["mean_cache_bytes"] == samples[0]["cache_bytes"]
-    assert metrics["config"]["method"] == {"name": "h2o", "budget": 32, "recent": None}
+    assert metrics["config"]["method"] == {"name": "h2o", **asdict(H2O(32))}
     assert metrics["environments"][-1]["packages"]["torch"]
     assert metrics["model"]["attention"] == "cab"
     assert metrics["config"]["max_samples"] == 3
@@ -104,6 +105,7 @@ def test_other_data_in_the_folder_is_refused(longbench: Path, demo_cell: Cell, t
         model=replace(MODEL, max_length=1024),
         dataset=DatasetConfig(name="hotpotqa", max_new_tokens=2),
         data_dir=str(tmp_path),
+        prompts="file",
         prompts_file=str(longbench / "config" / "dataset2prompt.json"),
     )
     run_cell(cell, ModelWrapper(cell.model))
@@ -124,6 +126,7 @@ def test_longbench_e_has_its_length_buckets(longbench: Path, demo_cell: Cell):
         model=replace(MODEL, max_length=1024),
         dataset=DatasetConfig(name="hotpotqa_e", max_new_tokens=2),
         data_dir=str(longbench / "data"),
+        prompts="file",
         prompts_file=str(longbench / "config" / "dataset2prompt.json"),
         max_samples=4,
     )
@@ -156,6 +159,7 @@ def test_real_rows_run(longbench: Path, demo_cell: Cell, model: ModelWrapper):
         demo_cell,
         dataset=DatasetConfig(name="hotpotqa", max_new_tokens=4),
         data_dir=str(longbench / "data"),
+        prompts="file",
         prompts_file=str(longbench / "config" / "dataset2prompt.json"),
         max_samples=2,
         compress="after_context",

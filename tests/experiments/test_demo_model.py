@@ -7,7 +7,6 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cab_attention import CAB, H2O, Full, Method, SnapKV, StreamingLLM
-from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.data import Row, load_rows
 from experiments.longbench_qa.demo.rows import EVALUATED
 from experiments.longbench_qa.demo.tokenizer import demo_tokenizer
@@ -16,6 +15,7 @@ from experiments.longbench_qa.metrics import score_sample
 from experiments.longbench_qa.model_wrapper import ModelWrapper
 from experiments.longbench_qa.models import DEMO_MODEL
 from experiments.longbench_qa.prompts import fill_template, load_template
+from experiments.longbench_qa.schema import ModelConfig
 
 ROWS = load_rows("demo_qa", None, 18)
 METHODS = {"full": Full(), "streaming_llm": StreamingLLM(128), "h2o": H2O(128), "cab": CAB(128), "snapkv": SnapKV(128)}

@@ -10,8 +10,8 @@ import torch
 from cab_attention import H2O, Full, SnapKV
 from experiments.longbench_qa import model_wrapper
 from experiments.longbench_qa.cell import run_cell, run_cells
-from experiments.longbench_qa.config import DatasetConfig, ModelConfig
 from experiments.longbench_qa.model_wrapper import ModelWrapper
+from experiments.longbench_qa.schema import DatasetConfig, ModelConfig
 from tests.experiments.cells import demo_cell, recorded
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +36,7 @@ def test_out_of_memory_fails_one_sample_and_frees_it(uneven_rows: Path, monkeypa
         attention="eager",
         dataset=DatasetConfig(name="hotpotqa", max_new_tokens=4),
         data_dir=str(uneven_rows),
+        prompts="file",
         prompts_file=str(uneven_rows / "prompts.json"),
     )
     model = ModelWrapper(MODEL).load()
@@ -63,6 +64,7 @@ def test_peaks_are_over_the_weights_and_eager_needs_more(uneven_rows: Path):
             attention=attention,
             dataset=DatasetConfig(name="hotpotqa", max_new_tokens=4),
             data_dir=str(uneven_rows),
+            prompts="file",
             prompts_file=str(uneven_rows / "prompts.json"),
         )
         for attention in ("cab", "eager")
@@ -87,6 +89,7 @@ def test_the_decode_peaks_of_a_shared_prefill_leave_the_other_caches_out(uneven_
                 method=method,
                 dataset=DatasetConfig(name="hotpotqa", max_new_tokens=4),
                 data_dir=str(uneven_rows),
+                prompts="file",
                 prompts_file=str(uneven_rows / "prompts.json"),
             )
             for method in (Full(), H2O(64), SnapKV(256), H2O(0.5))

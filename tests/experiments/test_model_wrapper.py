@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from cab_attention import H2O, EvictingCache, Full, Random, SnapKV, StreamingLLM
-from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.data import load_rows
 from experiments.longbench_qa.model_wrapper import Generation, ModelWrapper
 from experiments.longbench_qa.models import LoadedModel, byte_tokenizer
 from experiments.longbench_qa.prompts import FilledPrompt, fill_template, load_template
+from experiments.longbench_qa.schema import ModelConfig
 from tests.all_methods import EVICTING, METHODS
 from tests.tiny_models import tiny_model
 
@@ -130,11 +130,12 @@ def favour(wrapper: ModelWrapper, monkeypatch: pytest.MonkeyPatch, *choices: int
     monkeypatch.setattr(model, "forward", biased)
 
 
-def test_an_answer_that_stops_at_a_newline_has_at_least_one_token(wrapper, filled, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"first_token": "compressed"}, {"prefill_chunk": 60}])
+def test_an_answer_that_stops_at_a_newline_has_at_least_one_token(wrapper, filled, monkeypatch, options):
     tokenizer = wrapper.loaded.tokenizer
     newline, letter = tokenizer.encode("\n") + tokenizer.encode("x")
     favour(wrapper, monkeypatch, newline, tokenizer.eos_token_id, letter)
-    stopped, _ = answer(wrapper, filled, Full(), stop_at_newline=True)
+    stopped, _ = answer(wrapper, filled, Full(), stop_at_newline=True, **options)
     assert (stopped.text, stopped.generated_tokens) == ("x", 2)
     free, _ = answer(wrapper, filled, Full())
     assert free.text == "\n" * 8

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.longbench_qa.config import ModelConfig
 from experiments.longbench_qa.model_wrapper import ModelWrapper
 from experiments.longbench_qa.models import byte_tokenizer, load
+from experiments.longbench_qa.schema import ModelConfig
 from experiments.longbench_qa.shapes import SHAPES
 from tests.tiny_models import tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.longbench_qa import prompts as prompts_module
 from experiments.longbench_qa.data import DEMO, LONGBENCH, LONGBENCH_E, load_rows
-from experiments.longbench_qa.prompts import fill_template, load_prompt, load_template
+from experiments.longbench_qa.prompts import choose_prompts, fill_template, load_prompt, load_template
 from experiments.longbench_qa.sources import OFFICIAL_PROMPTS, Provenance
 
 
@@ -115,6 +115,14 @@ def test_prompts_that_do_not_fit(dataset: str, prompts: str, prompts_file: str |
     with pytest.raises(ValueError, match=message) as caught:
         load_prompt(dataset, prompts_file, prompts)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_that_fit() -> None:
+    assert choose_prompts("demo_qa_512", None, "p.json") == choose_prompts(DEMO, "builtin", None) == "builtin"
+    assert choose_prompts("lcc_e", None, None) == choose_prompts("lcc_e", "official", None) == "official"
+    assert choose_prompts("lcc_e", None, "p.json") == choose_prompts("lcc_e", "file", "p.json") == "file"
+    with pytest.raises(ValueError, match="unknown data set 'nope'"):
+        choose_prompts("nope", None, None)
 
 
 def test_official_prompts_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,18 +52,32 @@ def test_one_budget_is_no_plot(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plot_for_each_model_and_data_set(tmp_path: Path):
+def test_a_plot_for_each_model_data_set_and_protocol(tmp_path: Path):
     other = type(MODEL)(name="a model (7B)", kind="tiny")
     cells = [
         finished(tmp_path, H2O(budget), **changes)
-        for changes in ({}, {"compress": "after_context"}, {"model": other})
+        for changes in (
+            {},
+            {"compress": "after_context"},
+            {"truncate": "left", "first_token": "compressed"},
+            {"model": other},
+        )
         for budget in (32, 64)
     ]
     assert [path.name for path in plot_scores(cells)] == [
         "tiny,max_length=300-demo_qa.svg",
         "tiny,max_length=300-demo_qa,compress=after_context.svg",
+        "tiny,max_length=300-demo_qa,first_token=compressed,truncate=left.svg",
         "a_model__7B_-demo_qa.svg",
     ]
+
+
+def test_a_line_for_each_of_a_methods_options(tmp_path: Path):
+    options = ({}, {"granularity": "layer"}, {"evict_every": 4}, {"score_queries": "last:8"})
+    cells = [finished(tmp_path, H2O(budget, **chosen)) for chosen in options for budget in (32, 64)]
+    [path] = plot_scores(cells)
+    for name in ("h2o", "h2o,granularity=layer", "h2o,evict_every=4", "h2o,score_queries=last:8"):
+        assert f"<!-- {name} -->" in path.read_text()
 
 
 @pytest.mark.parametrize("error", [None, 0.0])

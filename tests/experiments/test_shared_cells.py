@@ -12,19 +12,30 @@ from typing import Any
 import pytest
 import torch
 
-from cab_attention import CAB, H2O, TOVA, EvictingCache, Full, Random, SharedPrefill, SnapKV, StreamingLLM
+from cab_attention import CAB, H2O, TOVA, AdaKV, EvictingCache, Full, Random, SharedPrefill, SnapKV, StreamingLLM
 from experiments.longbench_qa import generation as generation_module
 from experiments.longbench_qa.cell import run_cell, run_cells
-from experiments.longbench_qa.config import Cell, WandbConfig
+from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import load_data
 from experiments.longbench_qa.generation import Generation
 from experiments.longbench_qa.in_process import groups
 from experiments.longbench_qa.model_wrapper import ModelWrapper
 from experiments.longbench_qa.prompts import fill_template, load_prompt
 from experiments.longbench_qa.records import CellRecords
+from experiments.longbench_qa.schema import WandbConfig
 from tests.experiments.cells import MODEL, demo_cell, recorded
 
-METHODS = [Full(), Random(32), StreamingLLM(0.25), H2O(32), H2O(0.5), SnapKV(32), TOVA(48), CAB(32, block_size=4)]
+METHODS = [
+    Full(),
+    Random(32),
+    StreamingLLM(0.25, positions="compacted"),
+    H2O(32),
+    H2O(0.5, score_queries="every:4", evict_every=3),
+    SnapKV(32, granularity="layer"),
+    AdaKV(32),
+    TOVA(48),
+    CAB(32, block_size=4, granularity="model"),
+]
 NOT_ITS_OWN = ("prefill_ms", "decode_ms_per_token", "prefill_shared")  # times, and how they were taken
 FEW = [H2O(32), SnapKV(32), TOVA(32)]
 
@@ -43,7 +54,9 @@ def results(cell: Cell) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"compress": "after_context"}, {"attention": "eager"}], ids=["prompt", "context", "eager"]
+    "changes",
+    [{}, {"compress": "after_context"}, {"first_token": "compressed"}, {"attention": "eager"}],
+    ids=["prompt", "context", "first_token", "eager"],
 )
 def test_records_are_those_of_separate_runs(tmp_path: Path, model: ModelWrapper, changes: dict[str, Any]):
     shared, alone = cells_of(tmp_path / "shared", **changes), cells_of(tmp_path / "alone", **changes)
@@ -63,8 +76,12 @@ def test_records_are_those_of_separate_runs(tmp_path: Path, model: ModelWrapper,
     assert len({json.dumps([sample["prediction"] for sample in recorded(cell)]) for cell in shared}) > 2
 
 
-@pytest.mark.parametrize("compress", ["after_prompt", "after_context"])
-def test_kept_positions_and_keys_are_those_of_separate_runs(model: ModelWrapper, compress: str):
+@pytest.mark.parametrize(
+    "options",
+    [{"compress": "after_prompt"}, {"compress": "after_context"}, {"first_token": "compressed"}],
+    ids=["prompt", "context", "first_token"],
+)
+def test_kept_positions_and_keys_are_those_of_separate_runs(model: ModelWrapper, options: dict[str, Any]):
     row = load_data("demo_qa", None, 1)[0][0]
     prompt = fill_template(load_prompt("demo_qa", None)[0], row.context, row.input)
     kept: list[list[torch.Tensor]] = []
@@ -72,14 +89,14 @@ def test_kept_positions_and_keys_are_those_of_separate_runs(model: ModelWrapper,
     def remember(cache: EvictingCache) -> None:
         kept.append([t.clone() for layer in cache.layers for t in (layer.positions, layer.keys, layer.values)])
 
-    options: Any = {"max_new_tokens": 8, "compress": compress, "sample_id": row.id, "on_compressed": remember}
+    options = {"max_new_tokens": 8, "sample_id": row.id, "on_compressed": remember, **options}
     generations = model.load().generate_each(prompt, METHODS, **options)
     together, kept = kept, []
     for method, generation, ours in zip(METHODS, generations, together, strict=True):
         assert isinstance(generation, Generation)
         alone = model.generate(prompt, method, **options)
-        assert generation.text == alone.text
-        assert generation.cache_bytes == alone.cache_bytes
+        for key in ("text", "kept_by_layer", "answer_kept_heads", "cache_bytes"):
+            assert getattr(generation, key) == getattr(alone, key)
         assert all(torch.equal(a, b) for a, b in zip(ours, kept.pop(), strict=True))
 
 
@@ -243,8 +260,9 @@ def test_a_cell_that_cannot_be_written_any_more_ends_alone(
 def test_a_wrong_request_is_every_cells_error(tmp_path: Path, model: ModelWrapper):
     found = run_cells(cells_of(tmp_path, FEW, max_samples=0), model)
     assert all(isinstance(error, ValueError) for error in found)
-    with pytest.raises(ValueError, match="method only"):
-        run_cells([demo_cell(tmp_path), demo_cell(tmp_path, compress="after_context")], model)
+    for changes in ({"compress": "after_context"}, {"first_token": "compressed"}, {"truncate": "left"}):
+        with pytest.raises(ValueError, match="method only"):
+            run_cells([demo_cell(tmp_path), demo_cell(tmp_path, **changes)], model)
 
 
 def test_a_model_that_cannot_load_is_the_error_of_every_cell_that_needs_it(
@@ -311,5 +329,11 @@ def test_groups(tmp_path: Path):
         9: cell(method=TOVA(9), share_prefill=False),
         10: cell(method=TOVA(8), model=replace(MODEL, max_length=200)),
         11: cell(method=TOVA(8), max_samples=2),
+        12: cell(prefill_chunk=64),
+        13: cell(prefill_chunk=64, method=TOVA(8)),
+        14: cell(first_token="compressed"),
+        15: cell(first_token="compressed", method=H2O(8, granularity="layer", evict_every=4)),
+        16: cell(truncate="right"),
     }
-    assert [list(group) for group in groups(cells)] == [[3, 5], [4, 6], [7], [8], [9], [10], [11]]
+    wanted = [[3, 5], [4, 6], [7], [8], [9], [10], [11], [12], [13], [14, 15], [16]]
+    assert [list(group) for group in groups(cells)] == wanted

@@ -10,8 +10,8 @@ import wandb
 
 from experiments.longbench_qa import tracking
 from experiments.longbench_qa.cell import run_cell
-from experiments.longbench_qa.config import WandbConfig
 from experiments.longbench_qa.model_wrapper import ModelWrapper
+from experiments.longbench_qa.schema import WandbConfig
 from tests.experiments.cells import MODEL, demo_cell, recorded
 
 
