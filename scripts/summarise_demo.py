@@ -21,10 +21,24 @@ from experiments.longbench_qa.demo.rows import EVALUATED
 from experiments.longbench_qa.score_plot import Point, draw_scores, save_svg
 
 COMPRESS = ("after_prompt", "after_context")
-METHODS = ("full", "random", "streaming_llm", "h2o", "cab", "tova", "snapkv")
+METHODS = (
+    "full",
+    "random",
+    "streaming_llm",
+    "key_norm",
+    "key_diff",
+    "h2o",
+    "cab",
+    "tova",
+    "expected_attention",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
+)
 ALL = "all"
 CELL = ("compress", "method", "budget")
-COLUMNS = (*CELL, "family", "n", "score", "standard_error", "answer_kept", "kept_tokens", "cache_bytes")
+MEANS = ("n", "score", "standard_error", "answer_kept", "kept_tokens", "cache_bytes")
+COLUMNS = (*CELL, "family", *MEANS)
 HEAD_COLUMNS = (*CELL, "layer", "head", "answer_kept")
 
 
@@ -117,18 +131,21 @@ def result_rows(cells: Sequence[DemoCell]) -> list[Row]:
     rows = []
     for cell in cells:
         for family in families_in(cells):
-            samples = cell.of_family(family)
-            point = _point(samples)
-            numbers = {
-                "n": str(len(samples)),
-                "score": f"{point.score:.2f}",
-                "standard_error": "" if point.error is None else f"{point.error:.2f}",
-                "answer_kept": _mean((sample["answer_kept"] for sample in samples), 4),
-                "kept_tokens": _mean((sample["kept_tokens"] for sample in samples), 1),
-                "cache_bytes": _mean((sample["cache_bytes"] for sample in samples), 0),
-            }
-            rows.append(cell.names | {"family": family} | numbers)
+            rows.append(cell.names | {"family": family} | means(cell.of_family(family)))
     return rows
+
+
+def means(samples: Sequence[dict[str, Any]]) -> Row:
+    """The columns `MEANS` of these samples."""
+    point = point_of(samples)
+    return {
+        "n": str(len(samples)),
+        "score": f"{point.score:.2f}",
+        "standard_error": "" if point.error is None else f"{point.error:.2f}",
+        "answer_kept": _mean((sample["answer_kept"] for sample in samples), 4),
+        "kept_tokens": _mean((sample["kept_tokens"] for sample in samples), 1),
+        "cache_bytes": _mean((sample["cache_bytes"] for sample in samples), 0),
+    }
 
 
 def head_rows(cells: Sequence[DemoCell]) -> list[Row]:
@@ -149,10 +166,16 @@ def _mean(values: Iterable[float | None], digits: int) -> str:
     return f"{statistics.fmean(found):.{digits}f}" if found else ""
 
 
-def _point(samples: Sequence[dict[str, Any]]) -> Point:
-    scores = [sample["score"] for sample in samples]
-    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
-    return Point(statistics.fmean(sample["budget_tokens"] for sample in samples), statistics.fmean(scores), error)
+def point_of(samples: Sequence[dict[str, Any]]) -> Point:
+    """Their mean score with its standard error at their mean budget."""
+    score, error = mean_and_error([sample["score"] for sample in samples])
+    return Point(statistics.fmean(sample["budget_tokens"] for sample in samples), score, error)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean with its standard error, None of one value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
 
 
 def plot(cells: Sequence[DemoCell], path: Path) -> None:
@@ -169,8 +192,10 @@ def plot(cells: Sequence[DemoCell], path: Path) -> None:
         for family, axes in zip(families, row_panels, strict=True):
             of_row = [cell for cell in cells if cell.compress == compress]
             # All methods in every row, so that each has one colour; an empty line draws nothing.
-            lines = {method: [_point(c.of_family(family)) for c in of_row if c.method == method] for method in methods}
-            full = [_point(cell.of_family(family)) for cell in of_row if cell.method == "full"]
+            lines = {
+                method: [point_of(c.of_family(family)) for c in of_row if c.method == method] for method in methods
+            }
+            full = [point_of(cell.of_family(family)) for cell in of_row if cell.method == "full"]
             draw_scores(axes, lines, full[0] if full else None)
             if compress == rows[0]:
                 axes.set_title(family, fontsize=10)
@@ -183,14 +208,15 @@ def plot(cells: Sequence[DemoCell], path: Path) -> None:
     save_svg(figure, path)
 
 
-def environment(cells: Sequence[DemoCell]) -> dict[str, Any]:
+def write_environment(cells: Sequence[DemoCell], path: Path) -> None:
     """What all cells were made with, each thing once: model and device, data, prompt; versions, GPU, commit."""
-    return {
+    found = {
         "models": _distinct(cell.metrics["model"] for cell in cells),
         "data": _distinct(cell.metrics["data"] for cell in cells),
         "prompts": _distinct(cell.metrics["prompt"] for cell in cells),
-        "environments": _distinct(found for cell in cells for found in cell.metrics["environments"]),
+        "environments": _distinct(one for cell in cells for one in cell.metrics["environments"]),
     }
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
@@ -209,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_rows(options.output / "results.csv", result_rows(cells), COLUMNS)
     write_rows(options.output / "answer_kept_heads.csv", head_rows(cells), HEAD_COLUMNS)
     plot(cells, options.output / "score.svg")
-    content = json.dumps(environment(cells), indent=2) + "\n"
-    (options.output / "environment.json").write_text(content, encoding="utf-8")
+    write_environment(cells, options.output / "environment.json")
     print(f"{len(cells)} cells of {len(cells[0].samples)} samples each: {options.output}")
 
 
