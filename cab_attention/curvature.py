@@ -91,12 +91,9 @@ class BlockGraph:
         there is no edge.
         """
         adjacency = self.adjacency
-        degree = adjacency.sum(-1, keepdim=True)
-        curvatures = []
-        for other in self.strongest.split(1, dim=-1):  # O(n M^2) where the square of the matrix would take O(M^3)
-            triangles = (adjacency & adjacency.gather(-2, other.expand_as(adjacency))).sum(-1, keepdim=True)
-            curvatures.append(4 - degree - degree.gather(-2, other) + 3 * triangles)
-        return torch.cat(curvatures, dim=-1).float()
+        degree = adjacency.sum(-1, dtype=torch.float32)
+        degrees = degree[..., None] + degree.gather(-1, self.strongest.flatten(2)).view(self.strongest.shape)
+        return 4 - degrees + 3 * _common_neighbours(adjacency).gather(-1, self.strongest)
 
     def detours(self, all_weights: Tensor) -> Tensor:
         """Two-hop paths [B, G, M, n] between the ends of each edge: W @ W there. all_weights: W [B, G, M, M]."""
@@ -116,6 +113,15 @@ class BlockGraph:
             return of_edges.sum(-1) + brought.scatter_(-1, self.strongest, of_edges * one_way).sum(-2)
 
         return total(self.weights * values) / total(self.weights).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _common_neighbours(adjacency: Tensor) -> Tensor:
+    """float32 [B, G, M, M], exact: how many blocks are adjacent to both."""
+    if adjacency.is_cuda:  # zeros and ones in half precision, summed in single
+        ones = adjacency.flatten(0, 1).half()
+        return torch.bmm(ones, ones, out_dtype=torch.float32).view(adjacency.shape)
+    ones = adjacency.float()
+    return ones @ ones
 
 
 def bridge_order_by_curvature(log_weights: Tensor) -> Tensor:
