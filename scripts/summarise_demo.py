@@ -20,7 +20,8 @@ from experiments.longbench_qa.data import DEMO_SETS
 from experiments.longbench_qa.demo.rows import EVALUATED
 from experiments.longbench_qa.score_plot import Point, draw_scores, save_svg
 
-COMPRESS = ("after_prompt", "after_context")
+FIRST_TOKEN = "after_prompt, first token compressed"
+COMPRESS = ("after_prompt", FIRST_TOKEN, "after_context")
 METHODS = (
     "full",
     "random",
@@ -36,6 +37,7 @@ METHODS = (
     "adakv",
 )
 ALL = "all"
+VARIED = ("method", "compress", "first_token")  # beside the budget, which is the method's
 CELL = ("compress", "method", "budget")
 MEANS = ("n", "score", "standard_error", "answer_kept", "kept_tokens", "cache_bytes")
 COLUMNS = (*CELL, "family", *MEANS)
@@ -53,7 +55,9 @@ class DemoCell:
 
     @property
     def compress(self) -> str:
-        return self.config["compress"]
+        """One of COMPRESS. After the context every token comes from the compressed cache, whatever `first_token` is."""
+        at_once = self.config["compress"] == "after_prompt" and self.config["first_token"] == "compressed"
+        return FIRST_TOKEN if at_once else self.config["compress"]
 
     @property
     def method(self) -> str:
@@ -85,7 +89,7 @@ def read_cells(results: Path) -> list[DemoCell]:
     """The demo cells under a run's output_dir, in the tables' order.
 
     Raises ValueError, with the cell's folder, for one that is incomplete, has failed samples, or differs from the first
-    in more than method, budget and compress.
+    in more than method, budget, compress and first_token.
     """
     cells = []
     for file in sorted(results.glob("*/*/*/*/config.json")):
@@ -94,7 +98,7 @@ def read_cells(results: Path) -> list[DemoCell]:
             cells.append(_read_cell(file.parent, config))
     if not cells:
         raise ValueError(f"{results} holds no demo cells: give the output_dir of a run")
-    first, fixed = cells[0], {key: value for key, value in cells[0].config.items() if key not in ("method", "compress")}
+    first, fixed = cells[0], {key: value for key, value in cells[0].config.items() if key not in VARIED}
     ids = {sample["id"] for sample in first.samples}
     for cell in cells:
         different = sorted(key for key, value in fixed.items() if cell.config.get(key) != value)
@@ -188,7 +192,7 @@ def plot(cells: Sequence[DemoCell], path: Path) -> None:
     figure = Figure(figsize=(1.9 * len(families), 2.5 * len(rows) + 0.8), layout="constrained")
     panels = figure.subplots(len(rows), len(families), sharex=True, sharey=True, squeeze=False)
     for compress, row_panels in zip(rows, panels, strict=True):
-        row_panels[0].set_ylabel(f"{compress}\nscore (0 to 100)")
+        row_panels[0].set_ylabel(compress.replace(", ", "\n") + "\nscore (0 to 100)")
         for family, axes in zip(families, row_panels, strict=True):
             of_row = [cell for cell in cells if cell.compress == compress]
             # All methods in every row, so that each has one colour; an empty line draws nothing.

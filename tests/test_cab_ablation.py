@@ -91,7 +91,7 @@ def demo_cell(method: str, scores: Sequence[float], budget: str = "64", **option
     sample = {"budget_tokens": int(budget), "answer_kept": 0.5, "kept_tokens": float(budget), "cache_bytes": 8}
     samples = [{"id": f"list-1024-{number:03}", "score": score} | sample for number, score in enumerate(scores)]
     folder = Path("out") / "demo" / ",".join([method, *(f"{key}={value}" for key, value in options.items())])
-    config = {"method": {"name": method, **options}, "compress": "after_prompt"}
+    config = {"method": {"name": method, **options}, "compress": "after_prompt", "first_token": "full"}
     samples = samples[::-1] if options else samples
     return DemoCell(folder / f"b{budget}" / "demo_qa", config, {"budget": budget}, samples)
 

@@ -20,6 +20,7 @@ def add_cell(
     budget: str,
     scores: list[float],
     compress: str = "after_prompt",
+    first_token: str = "full",
     **changes: Any,
 ) -> Path:
     """A complete cell with one sample of each family for every score; `changes` to its config."""
@@ -53,6 +54,7 @@ def add_cell(
         "dataset": {"name": name},
         "attention": "cab",
         "compress": compress,
+        "first_token": first_token,
     }
     suffix = "" if compress == "after_prompt" else f",compress={compress}"
     folder = output_dir / "demo" / method / f"b{budget}" / f"{name}{suffix}"
