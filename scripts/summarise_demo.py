@@ -189,7 +189,7 @@ def plot(cells: Sequence[DemoCell], path: Path) -> None:
     families = families_in(cells)
     rows = [compress for compress in COMPRESS if any(cell.compress == compress for cell in cells)]
     methods = list(dict.fromkeys(cell.method for cell in cells if cell.method != "full"))
-    figure = Figure(figsize=(1.9 * len(families), 2.5 * len(rows) + 0.8), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(families), 2.5 * len(rows) + 1.2), layout="constrained")
     panels = figure.subplots(len(rows), len(families), sharex=True, sharey=True, squeeze=False)
     for compress, row_panels in zip(rows, panels, strict=True):
         row_panels[0].set_ylabel(compress.replace(", ", "\n") + "\nscore (0 to 100)")
@@ -208,7 +208,7 @@ def plot(cells: Sequence[DemoCell], path: Path) -> None:
     figure.supxlabel("budget (tokens per layer and KV head)", fontsize=10)
     legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels[:, 0]]
     handles = {label: handle for legend in legends for handle, label in legend}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 6))
     save_svg(figure, path)
 
 

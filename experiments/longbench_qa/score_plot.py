@@ -8,8 +8,12 @@ from typing import Any
 
 from experiments.longbench_qa.config import Cell
 
-# Told apart by everybody (Okabe and Ito), and by the markers alone; lengths without a common factor: 56 combinations.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+# Told apart by everybody (Okabe and Ito, then Tol), and by the markers alone; lengths without a common factor: 88
+# combinations.
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"),
+    *("#332288", "#882255", "#999933", "#44AA99"),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FULL_COLOR = "black"
 
