@@ -87,9 +87,8 @@ def test_logits_are_those_of_attention_over_keys_rotated_anew(name, attention, c
     cache = EvictingCache(model.config, make(name, 9), prompt_tokens=33, compress_at=compress_at)
     unmoved = EvictingCache(model.config, METHODS[name](9), prompt_tokens=33, compress_at=compress_at)
     masked, differences, moved = DynamicCache(), [], []
-    stops = [13, 26, 33, *range(34, 42)] if compress_at or "chunks" in name else [33, *range(34, 42)]
-    if compress_at and "chunks" not in name:
-        stops = stops[1:]
+    of_prompt = [13, 26, 33] if "chunks" in name else [26, 33] if compress_at else [33]
+    stops = [*of_prompt, *range(34, 42)]
     for start, stop in zip([0, *stops], stops, strict=False):
         what_the_next_forward_sees(cache, mask[:, :stop])
         piece, so_far = ids[:, start:stop], mask[:, :stop]

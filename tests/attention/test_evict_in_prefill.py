@@ -20,6 +20,7 @@ from cab_attention import (
 from tests.all_methods import FULL_ATTENTION_VARIANTS, VARIANTS
 from tests.feeding import feed, left_padded
 from tests.methods.bare_layers import N_PROMPT, assert_kept_as_brute_force, forward, layers_of, random_steps
+from tests.methods.distinct_tokens import left_padded_distinct
 from tests.tiny_models import random_ids, tiny_model
 
 CHUNKS = [13, 1, 9, 14]
@@ -98,6 +99,22 @@ def test_a_prompt_never_takes_more_than_the_budget_and_a_chunk(name):
         held.append([layer.keys.shape[2] for layer in cache.layers])
     assert held == [[7] * 3, *[[9] * 3] * 4]
     cache.check_saw(33)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_whose_first_chunk_is_padding_is_cut_as_alone(name):
+    """What padding is still to come is no part of its budget in the end."""
+    model, method = tiny_model("llama"), METHODS[name](0.5, evict_in_prefill="chunk")
+    ids, mask = left_padded_distinct(0, 9, n_tokens=33)
+    batch, alone = (EvictingCache(model.config, method, prompt_tokens=n) for n in (33, 24))
+    for start, stop in [(0, 7), (7, 14), (14, 21), (21, 33)]:
+        feed(model, batch, ids[:, start:stop], mask[:, :stop])
+        if stop > 9:
+            feed(model, alone, ids[1:, max(9, start) : stop])
+            for one, other in zip(batch.layers, alone.layers, strict=True):
+                in_batch = [[p - 9 for p in head if p >= 0] for head in one.positions[1].tolist()]
+                assert in_batch == other.positions[0].tolist()
+    assert all(layer.budget_tokens == [17, 12] for layer in batch.layers)
 
 
 @pytest.mark.parametrize("method", [SnapKV, PyramidKV, AdaKV, Random])
