@@ -62,8 +62,9 @@ class EvictingCache(Cache):
         for index, window in enumerate(windows):
             # Only the last layer knows the others: a reference cycle would keep the cache's memory.
             earlier = tuple(layers) if method.granularity == "model" and index == len(windows) - 1 else ()
+            peers = windows[:index].count(window), windows.count(window)
             layers.append(
-                EvictingLayer(method, self.prompt, index, window, _rope_switch(config), earlier, len(windows))
+                EvictingLayer(method, self.prompt, index, window, _rope_switch(config), earlier, len(windows), peers)
             )
         super().__init__(layers=layers)  # type: ignore[arg-type]
 

@@ -54,11 +54,13 @@ class EvictingLayer(CacheLayerMixin):
         rope_switch: int | None = None,
         earlier_layers: Sequence["EvictingLayer"] = (),
         n_layers: int = 1,
+        peers: tuple[int, int] = (0, 1),
     ) -> None:
-        """`earlier_layers`: what the last layer cuts together with itself (`granularity="model"`)."""
+        """`earlier_layers`: what the last layer cuts together with itself; `peers`: see `CachedKeys`."""
         # Not the parent's: it would set keys and values, which are looked up here.
         self.earlier_layers = earlier_layers
         self.n_layers = n_layers
+        self.peers = peers
         self.rope_switch = rope_switch
         self.method = method
         self.prompt = prompt
@@ -267,7 +269,7 @@ class EvictingLayer(CacheLayerMixin):
             budget=budget,
             queries=partial(self._queries_to_come, scale) if self.method.observes == "queries" else None,
             layer_index=self.layer_index,
-            n_layers=self.n_layers,
+            peers=self.peers,
             sample_ids=self.prompt.ids(len(positions)),
         )
         return _Contest(cached, width, pinned, competing)

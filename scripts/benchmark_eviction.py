@@ -96,8 +96,7 @@ def measure_attention_and_cuts(n_keys: int, device: str) -> list[Row]:
         positions=torch.arange(n_keys, device=device).expand(1, KV_HEADS, n_keys),
         scores=scores,
         budget=torch.tensor([[[CUT_BUDGET]]], device=device),
-        layer_index=3,
-        n_layers=28,
+        peers=(3, 28),
     )
 
     def cut(method: Method) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class CachedKeys:
         queries: for `observes = "queries"`: of the n queries to come, a function of n: their mean [B, H, D] and
             covariance [B, H, D, D], scaled so that k.q / sqrt(D) is the model's logit.
         budget: int64 [B, 1, 1], tokens to keep in each layer and KV head, a row.
-        layer_index, n_layers: of the model; a set over layers has the last one's.
+        layer_index: of the model; a set over layers has the last one's.
+        peers: which of how many the layer is among those of its kind: with full attention, or with its sliding window.
         sample_ids: one a row; rows of one sample draw the same random numbers.
     """
 
@@ -42,7 +43,7 @@ class CachedKeys:
     budget: Tensor
     queries: Callable[[int], tuple[Tensor, Tensor]] | None = None
     layer_index: int = 0
-    n_layers: int = 1
+    peers: tuple[int, int] = (0, 1)
     sample_ids: tuple[str, ...] = ("",)
 
     @property

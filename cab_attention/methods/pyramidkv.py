@@ -17,8 +17,8 @@ class PyramidKV(SnapKV):
     N - w keys there are, it keeps those and the last 2C - (N - w). Numbers are rounded down, and what is left goes to
     the largest fractions, to the lower layer first: over the layers together exactly the budget stays. (The authors'
     code rounds the step between layers down, by which up to 12 % more stays at 32 layers, and gives all layers the same
-    where N < 2C; their LongBench runs have window 8, kernel 7 and max.) Layers with a sliding window are cut to it
-    besides.
+    where N < 2C; their LongBench runs have window 8, kernel 7 and max.) Where some layers slide, layers of a kind have
+    a pyramid of their own.
     """
 
     name: ClassVar = "pyramidkv"
@@ -33,7 +33,7 @@ class PyramidKV(SnapKV):
         n_keys = cached.count[:, :1]  # the same in every head
         budget = torch.minimum(cached.budget, n_keys)
         window = torch.minimum(self.window_eff(cached.budget), budget)
-        share, n_layers = budget - window, cached.n_layers
+        share, n_layers = budget - window, cached.peers[1]
         if n_layers == 1:
             return budget
         # In whole numbers, beta * (n_layers - 1) times as large, so that equal fractions are equal.
@@ -45,4 +45,4 @@ class PyramidKV(SnapKV):
         left = n_layers * share - whole.sum(-1, keepdim=True)
         place = fraction.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
         given = whole + (place < left)
-        return window + given[..., cached.layer_index, None]
+        return window + given[..., cached.peers[0], None]

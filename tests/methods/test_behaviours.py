@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cab_attention import EvictingCache, Full, Random
+from cab_attention import EvictingCache, Full, PyramidKV, Random
 from tests.all_methods import EVICTING, FULL_ATTENTION_VARIANTS, METHODS, VARIANTS
 from tests.feeding import feed, left_padded
 from tests.methods.distinct_tokens import left_padded_distinct
@@ -212,3 +212,16 @@ def test_random_is_uniform_but_for_the_last_token():
         counts += cache.layers[0].positions.flatten().bincount(minlength=5)
     assert counts[4] == 10_000
     assert (counts[:4] - 2500).abs().max() < 200  # 4.6 standard deviations
+
+
+@pytest.mark.parametrize("budget", [5, 11, 22, 40])
+@pytest.mark.parametrize("slides", ["fss", "ssf", "sfs", "ffs"])
+def test_pyramidkv_is_exact_over_the_layers_of_a_kind(slides, budget):
+    kinds = {"f": "full_attention", "s": "sliding_attention"}
+    model = tiny_model("gemma3", layer_types=[kinds[kind] for kind in slides])
+    cache = EvictingCache(model.config, PyramidKV(budget, window=4))
+    feed(model, cache, *left_padded(0, n_tokens=60))
+    for kind, most in (("f", budget), ("s", min(budget, 23))):
+        sizes = [layer.positions.shape[2] for layer, own in zip(cache.layers, slides, strict=True) if own == kind]
+        assert sum(sizes) == most * len(sizes)
+        assert sizes == sorted(sizes, reverse=True)

@@ -23,9 +23,6 @@ def kept_positions(method: CAB, keys: torch.Tensor, scores: torch.Tensor) -> lis
         scores=scores[None, None].float(),
         queries=None,
         budget=budget,
-        layer_index=0,
-        n_layers=1,
-        sample_ids=("",),
     )
     return select_slots(method.priorities(cached), cached.valid, budget, b)[0, 0].tolist()
 

@@ -166,6 +166,7 @@ def test_in_a_model(name, architecture, attention, taken_down):
     padding, n_prompt = (0, 6), 36
     cache = EvictingCache(model.config, method)
     ids, mask = left_padded_distinct(*padding, n_tokens=n_prompt + 5)
+    windows = [layer.sliding_window for layer in cache.layers]
     expected: dict = {}
     for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, n_prompt + 5))]:
         feed(model, cache, ids[:, start:stop], mask[:, :stop])
@@ -177,8 +178,8 @@ def test_in_a_model(name, architecture, attention, taken_down):
                         method,
                         states[1].shape[1],
                         layer.sliding_window,
-                        index=index,
-                        n_layers=len(cache.layers),
+                        index=windows[:index].count(windows[index]),
+                        n_layers=windows.count(windows[index]),
                         rope_theta=rope_theta(model.config, index),
                     )
                 first = padding[row] if start == 0 else 0

@@ -40,7 +40,7 @@ def cached_keys(seed: int, padding: list[int], budget: int, *, n_keys=45, n_head
         queries=lambda n: (root[:, :, 0], root @ root.mT),
         budget=torch.full((len(padding), 1, 1), budget),
         layer_index=1,
-        n_layers=LAYERS,
+        peers=(1, LAYERS),
         sample_ids=tuple(f"sample {i}" for i in range(len(padding))),
     )
 
@@ -181,9 +181,7 @@ def test_a_row_knows_nothing_of_the_others_nor_of_its_padding(name, seed, paddin
 def test_the_mean_over_pyramidkvs_layers_is_the_budget(budget, n_keys, window, n_layers, beta):
     method = PyramidKV(budget, window=window, beta=beta)
     cached = cached_keys(0, [0], budget, n_keys=n_keys)
-    given_to = [
-        int(method.budgets(replace(cached, layer_index=index, n_layers=n_layers))[0, 0, 0]) for index in range(n_layers)
-    ]
+    given_to = [int(method.budgets(replace(cached, peers=(index, n_layers)))[0, 0, 0]) for index in range(n_layers)]
     assert sum(given_to) == n_layers * min(budget, n_keys)
     assert max(given_to) <= n_keys and min(given_to) >= min(window, budget // 2, n_keys)
     assert given_to == sorted(given_to, reverse=True)
