@@ -15,13 +15,14 @@ class EvictingCache(Cache):
     """A KV cache that evicts: `model.generate(ids, past_key_values=EvictingCache(model.config, method))`.
 
     Each layer is cut right after its attention in the forward that ends the prompt, so the peak of a prefill is one
-    full layer and the budgets; methods that evict in decode cut again after every step.
+    full layer and the budgets (where the whole model chooses together, all layers are cut after the last). Methods that
+    evict in decode cut again, after every step or every few.
 
     Args:
         config: the model's config; its attention implementation must be `cab` or `eager_with_scores`.
         method: what to keep.
         prompt_tokens: length of the prompt, padding included. Default: the first forward is the whole prompt. Needed
-            for a prompt fed in chunks (nothing is cut before its end, and the result is that of one pass).
+            for a prompt fed in chunks: nothing is cut before its end, unless the method evicts after each chunk.
         compress_at: cut after this many tokens of the prompt instead of after all. What follows in the prompt is kept
             and comes on top of the budget.
         sample_ids: names that seed `Random`, one for the batch or one a row.
