@@ -97,8 +97,6 @@ def sign_flip_p_value(differences: Sequence[float], seed: int = 0) -> float:
     array = _finite(differences)
     array = array[array != 0]
     n = len(array)
-    if n == 0:
-        return 1.0
     least = abs(array.sum()) - 1e-12 * abs(array).sum()  # equal sums may differ by rounding
     if n <= MOST_ENUMERATED:
         bits = np.arange(2**n)[:, None] >> np.arange(n) & 1

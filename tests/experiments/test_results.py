@@ -292,7 +292,7 @@ def test_a_cell_whose_samples_all_failed_is_read_like_the_others(folder: Path):
     write_samples(path, [{key: sample[key] for key in ("id", "answers")} | failed for sample in samples_in(path)])
     results = load_results(path)
     assert results.samples["score"].dtype == results.samples["kept_tokens"].dtype == "float64"
-    assert list(results.samples["prefill_shared"].isna()) == [True] * 3
+    assert results.samples["prefill_shared"].dtype == "boolean" and results.samples["prefill_shared"].isna().all()
     means, _ = cell_means(results, statuses=HAS_SAMPLES)
     assert list(means["n"]) == [0] and means["mean"].isna().all()
 
@@ -334,6 +334,7 @@ def test_a_cells_values_go_into_a_comparison(folder: Path):
     results = load_results(folder)
     values = values_by_id(results, str(one))
     assert values == {sample["id"]: sample["score"] for sample in samples_in(one)}
+    assert list(values) == sorted(values) != [sample["id"] for sample in samples_in(one)]
     found = paired_difference(values, values_by_id(results, str(other)))
     expected = {sample["id"]: sample["score"] for sample in samples_in(other)}
     assert found.difference.mean == pytest.approx(50 - sum(expected.values()) / 3)

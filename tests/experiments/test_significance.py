@@ -118,6 +118,7 @@ def test_differences_are_paired_by_id_in_whatever_order():
     found = paired_difference(a, b)
     turned = dict(reversed(b.items()))
     assert found == paired_difference(a, turned)
+    assert found == paired_difference(dict(reversed(a.items())), turned)
     values = np.array(list(a.values())) - np.array(list(b.values()))
     assert found.difference == mean_interval(values)
     assert found.p_value == sign_flip_p_value(values)
@@ -203,7 +204,7 @@ def test_the_correction_counts_the_comparisons():
 
 
 def test_of_equal_methods_the_first_is_the_best_and_the_others_are_not_told_apart():
-    a = [0.1, 0.2, 0.3, 66.7]
+    a = [0.1, 0.2, 0.3]  # added one by one, their sum depends on the order
     found = compare_with_best({"b": by_id(reversed(a)), "a": by_id(a), "again": by_id(a)})
     assert found["b"].to_best is None
     assert found["a"].to_best.p_value == 1.0
