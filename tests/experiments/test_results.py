@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 from cab_attention import H2O, SnapKV
+from experiments.longbench_qa import recorded_cells
 from experiments.longbench_qa import results as results_module
 from experiments.longbench_qa.cell import run_cells
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.generation import Generation
 from experiments.longbench_qa.model_wrapper import ModelWrapper
-from experiments.longbench_qa.records import FORMAT, CellRecords
-from experiments.longbench_qa.results import (
+from experiments.longbench_qa.recorded_cells import (
     COMPLETE,
     CORRUPT,
     FAILED,
@@ -29,13 +29,9 @@ from experiments.longbench_qa.results import (
     INCOMPLETE,
     OLD_FORMAT,
     SAMPLE_COLUMNS,
-    Results,
-    cell_means,
-    load_results,
-    main,
-    to_parquet,
-    values_by_id,
 )
+from experiments.longbench_qa.records import FORMAT, CellRecords
+from experiments.longbench_qa.results import Results, cell_means, load_results, main, to_parquet, values_by_id
 from experiments.longbench_qa.significance import mean_interval, paired_difference
 from tests.experiments.cells import MODEL, demo_cell, recorded
 
@@ -454,7 +450,7 @@ def test_a_cell_is_never_complete_while_a_run_extends_it(folder: Path):
 def test_what_a_run_adds_while_its_cell_is_read_does_not_make_it_complete(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    path, read = folder / H2O_CELL, results_module._content
+    path, read = folder / H2O_CELL, recorded_cells._content
     reads: list[Path] = []
 
     def and_then_a_run_goes_on(file: Path) -> bytes | None:
@@ -465,5 +461,5 @@ def test_what_a_run_adds_while_its_cell_is_read_does_not_make_it_complete(
         reads.append(file)
         return content
 
-    monkeypatch.setattr(results_module, "_content", and_then_a_run_goes_on)
+    monkeypatch.setattr(recorded_cells, "_content", and_then_a_run_goes_on)
     assert cell_of(load_results(path), path)["reason"] == "2 of 5 samples are missing"
