@@ -5,15 +5,20 @@ Hydra imports this file at every start, whatever is run: what it needs of the pr
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+if TYPE_CHECKING:
+    from experiments.longbench_qa.cell import Metrics
+    from experiments.longbench_qa.config import Cell
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ class SharedPrefillLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs. A wrong or failed one is told at once and does not stop the others; Hydra then raises it."""
-        from experiments.longbench_qa.in_process import groups, run_together
+        from experiments.longbench_qa.in_process import groups
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -52,15 +57,21 @@ class SharedPrefillLauncher(Launcher):
                 _tell(job)
         together = groups(cells)
         log.info(f"Running {len(cells)} cells in {len(together)} groups, each from shared prefills")
-        for group in together:
-            for number in group:
-                log.info(f"\t#{number} : {' '.join(filter_overrides(job_overrides[number - initial_job_idx]))}")
-            for number, result in run_together(group).items():
-                jobs[number].return_value = None
-                if isinstance(result, Exception):
-                    jobs[number].return_value, jobs[number].status = result, JobStatus.FAILED
-                    _tell(jobs[number])
+        for number in cells:
+            log.info(f"\t#{number} : {' '.join(filter_overrides(job_overrides[number - initial_job_idx]))}")
+        for number, result in self.run_groups(together):
+            jobs[number].return_value = None
+            if isinstance(result, Exception):
+                jobs[number].return_value, jobs[number].status = result, JobStatus.FAILED
+                _tell(jobs[number])
         return list(jobs.values())
+
+    def run_groups(self, together: "Sequence[dict[int, Cell]]") -> "Iterator[tuple[int, Metrics | Exception]]":
+        """Run the groups of numbered cells, one after the other; each cell's metrics, or what went wrong with it."""
+        from experiments.longbench_qa.in_process import run_together
+
+        for group in together:
+            yield from run_together(group).items()
 
     def _compose(self, overrides: Sequence[str], number: int) -> JobReturn:
         """The job's cell as its return value, or why it is none."""
