@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from cab_attention.kernels.flash_attention_accumulate import flash_attention_with_cumulative_scores
 
@@ -62,14 +63,20 @@ def load_model_with_attention(
     Args:
         name_or_path: local folder or hub id.
         implementation: one of `AttentionImplementation`, or its name.
-        device: default: the GPU if there is one.
+        device: default: the GPU if there is one, unless `kwargs` spread the model over several (`device_map`, or
+            `distributed_config` in the processes of torchrun).
         dtype: of the weights (`torch_dtype` is the same); default: what the checkpoint says.
         kwargs: for `from_pretrained`. Weights come from safetensors only, and no remote code runs, unless asked for.
 
     Raises:
         ValueError: an implementation that is unknown, or does not work here: the message says which do, and what to
-            install.
+            install. `device` beside what spreads the model, or the package for that is missing.
     """
+    spread = next((name for name in ("device_map", "distributed_config", "tp_plan") if kwargs.get(name)), None)
+    if spread is not None:
+        require_accelerate(spread)
+        if device is not None:
+            raise ValueError(f"device={device} and {spread} both say where the model lies: give one")
     dtype, torch_dtype = _named_dtype(dtype), _named_dtype(torch_dtype)
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} mean the same and differ: give one")
@@ -86,7 +93,15 @@ def load_model_with_attention(
     model = AutoModelForCausalLM.from_pretrained(name_or_path, attn_implementation=chosen.value, dtype=dtype, **kwargs)
     if chosen is AttentionImplementation.CAB and not model._supports_attention_backend:
         raise ValueError(f"{type(model).__name__} does not take its attention from transformers' registry: no 'cab'")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if spread is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval()
+
+
+def require_accelerate(option: str) -> None:
+    """Raise ValueError unless the package is there that transformers spreads models with."""
+    if not is_accelerate_available():
+        raise ValueError(f"{option} needs the package accelerate: pip install 'cab-attention[multi-gpu]'")
 
 
 def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

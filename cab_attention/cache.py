@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from cab_attention.cache_layer import CANNOT_GO_BACK, IMPLEMENTATIONS, EvictingLayer
 from cab_attention.methods.base import Method
 from cab_attention.prompt import Prompt
+from cab_attention.tensor_parallel import check_heads_divide
 
 
 class EvictingCache(Cache):
@@ -52,6 +53,7 @@ class EvictingCache(Cache):
         ids = (sample_ids,) if isinstance(sample_ids, str) else tuple(sample_ids) if sample_ids else None
         self.prompt = Prompt(prompt_tokens, compress_at, ids)
         self.method = method
+        check_heads_divide(config, getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1)
         windows = _sliding_windows(config)
         for option in ("granularity", "positions"):
             value = getattr(method, option)

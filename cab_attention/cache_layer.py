@@ -15,6 +15,7 @@ from cab_attention.methods.base import CachedKeys, Method
 from cab_attention.observation import Observation
 from cab_attention.prompt import Prompt, RowBudgets
 from cab_attention.rotary import Rotary
+from cab_attention.tensor_parallel import HeadRanks, ranks_of
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 """Attention with the signature of `flash_attention_with_cumulative_scores`."""
@@ -34,7 +35,7 @@ class EvictingLayer(CacheLayerMixin):
     Attributes:
         keys, values: [B, G, kept, D]; laid out anew at each look where heads keep different numbers.
         positions: int64 [B, G, kept], original positions in order (columns of `input_ids`), -1 for an empty slot, at
-            the front.
+            the front. Of a tensor-parallel model a rank's layer has that rank's heads.
         scores: float32 [B, G, kept], what the method observed so far; None if it observes no weights.
         seen: tokens that went through, kept or not.
     """
@@ -78,6 +79,7 @@ class EvictingLayer(CacheLayerMixin):
         self._observation = Observation(self.method)
         self._rotary: Rotary | None = None  # made at the first forward, where the method needs it
         self._budget: RowBudgets | None = None  # set at the first cut
+        self._ranks: HeadRanks | None = None  # known at the first attention
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -149,6 +151,8 @@ class EvictingLayer(CacheLayerMixin):
         real = None if padding is None else padding[:, -n_new:]
         self._take_padding(real, n_new)
         before, (prompt_tokens, compress_at) = self.seen - n_new, self.prompt.fix(self.seen)
+        if before == 0:
+            self._ranks = ranks_of(module, self.positions.shape[1])
         if method.evicts:
             self.prompt.check_step(before, self.seen)
             if self._rotary is None and (method.positions == "compacted" or method.observes == "queries"):
@@ -235,7 +239,7 @@ class EvictingLayer(CacheLayerMixin):
         if present:  # layers that choose together hold alike: all of them, or none
             slots = slots_to_keep(self.method, [contest.cached for contest in present], present[-1].width)
             for layer, contest in zip(layers, present, strict=True):
-                layer._keep(slots.expand(-1, layer.positions.shape[1], -1), contest)
+                layer._keep(slots.to(layer.device).expand(-1, layer.positions.shape[1], -1), contest)
         if not self.method.evicts_in_decode and self.seen >= self.prompt.fix(self.seen)[1]:
             for layer in layers:
                 layer._observation.forget()
@@ -271,6 +275,7 @@ class EvictingLayer(CacheLayerMixin):
             layer_index=self.layer_index,
             peers=self.peers,
             sample_ids=self.prompt.ids(len(positions)),
+            ranks=self._ranks,
         )
         return _Contest(cached, width, pinned, competing)
 
@@ -329,7 +334,7 @@ class EvictingLayer(CacheLayerMixin):
         self._select_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select_rows(lambda tensor: tensor[indices])
+        self._select_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(CANNOT_GO_BACK)

@@ -9,31 +9,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cab_attention.tensor_parallel import HeadRanks
+
 NEIGHBOURS = 4  # edges from each block to the blocks it attends to most
 FEWEST_BLOCKS = 6  # below this a graph of 4 neighbours says nothing
 
 
-def block_representatives(keys: Tensor, valid: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def block_representatives(
+    keys: Tensor, valid: Tensor, block_size: int, ranks: HeadRanks | None = None
+) -> tuple[Tensor, Tensor]:
     """The key of largest L2 norm in each block of consecutive keys (max-L2 coarsening).
 
     Args:
         keys: [B, G, K, D], empty slots at the front.
         valid: bool [B, G, K].
         block_size: keys a block, counted from the first valid key; the last block may be shorter.
+        ranks: each of which has D numbers of every key; norms and representatives are the whole keys'.
 
     Returns:
-        float32 representatives [B, G, M, D] and bool [B, G, M], which blocks exist. M = ceil(K / block_size).
+        float32 representatives [B, G, M, D, of all ranks] and bool [B, G, M], which blocks exist. M = ceil(K /
+        block_size).
     """
     n_keys, dim = keys.shape[2:]
     n_blocks = -(-n_keys // block_size)
     empty = n_keys - valid.sum(-1, keepdim=True)
     slot = torch.arange(n_blocks * block_size, device=keys.device) + empty  # [B, G, M * block_size]
-    norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).gather(-1, slot.clamp(max=n_keys - 1))
+    norms = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    if ranks is not None:
+        norms = torch.linalg.vector_norm(ranks.gather(norms[..., None], dim=-1), dim=-1)
+    norms = norms.gather(-1, slot.clamp(max=n_keys - 1))
     norms = norms.masked_fill(slot >= n_keys, -1.0).unflatten(-1, (n_blocks, block_size))
     first = torch.arange(n_blocks, device=keys.device) * block_size + empty
     chosen = (first + norms.argmax(-1)).clamp(max=n_keys - 1)  # of equal norms the lowest position
     representatives = keys.gather(2, chosen[..., None].expand(-1, -1, -1, dim)).float()
-    return representatives, first < n_keys
+    return representatives if ranks is None else ranks.gather(representatives, dim=-1), first < n_keys
 
 
 def block_log_weights(representatives: Tensor, exists: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Which slots of a cache stay: a method's ranking, for each head or for heads and layers that choose together."""
+"""Which slots of a cache stay: a method's ranking, for each head or for heads and layers that choose together.
+
+Layers that choose together may lie on several devices; what they choose is made on the last one's.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cab_attention.methods.base import CachedKeys, Method
+from cab_attention.tensor_parallel import HeadRanks
 
 
 def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int) -> Tensor:
@@ -15,24 +19,46 @@ def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int) -> T
     Args:
         method: ranks the keys.
         layers: the layer to cut, or all layers where they choose one set together (`granularity="model"`); the heads
-            of what chooses together hold the same positions.
+            of what chooses together hold the same positions, on whatever ranks they lie.
         width: W where every layer and head has the same budget, else W is the largest budget.
     """
     worth = [replace(cached, scores=method.scores(cached)) for cached in layers]
-    ranked = worth[0] if method.granularity == "head" else _as_one_head(method, worth)
+    divided = None  # the ranks of heads that choose for themselves, but not alone
+    if method.granularity != "head":
+        ranked = _as_one_head(method, worth)
+    elif method.budgets_vary_by_head and worth[0].ranks is not None:
+        divided, ranked = worth[0].ranks, _heads_of_all_ranks(worth[0], worth[0].ranks)
+    else:
+        ranked = worth[0]
     budgets = method.budgets(ranked)
     if budgets is not ranked.budget:
         width = int(budgets.max())
-    return select_slots(method.priorities(ranked), ranked.valid, budgets, width)
+    slots = select_slots(method.priorities(ranked), ranked.valid, budgets, width)
+    return slots if divided is None else divided.own_heads(slots)
+
+
+def _heads_of_all_ranks(cached: CachedKeys, ranks: HeadRanks) -> CachedKeys:
+    """For a method whose first cut is its only one: until then all heads hold the same positions."""
+    nothing = cached.keys[:, :1, :, :0].expand(-1, ranks.size * cached.keys.shape[1], -1, -1)
+    positions = cached.positions[:, :1].expand(-1, nothing.shape[1], -1)
+    return replace(cached, keys=nothing, values=nothing, positions=positions, scores=ranks.gather(cached.observed()))
 
 
 def _as_one_head(method: Method, layers: Sequence[CachedKeys]) -> CachedKeys:
-    scores = sum((cached.observed().sum(1, keepdim=True) for cached in layers[1:]), layers[0].observed().sum(1, True))
     last = layers[-1]
-    nothing = last.keys[:, :1, :, :0]
+    device = last.positions.device
+
+    def total(cached: CachedKeys) -> Tensor:
+        scores = cached.observed()
+        return (scores if cached.ranks is None else cached.ranks.gather(scores)).sum(1, keepdim=True).to(device)
+
+    scores = sum(map(total, layers[1:]), total(layers[0]))
+    keys = nothing = last.keys[:, :1, :, :0]
+    if method.ranks_by_keys:
+        keys = torch.cat([_side_by_side(cached.keys).to(device) for cached in layers], dim=-1)
     return replace(
         last,
-        keys=torch.cat([_side_by_side(cached.keys) for cached in layers], dim=-1) if method.ranks_by_keys else nothing,
+        keys=keys,
         values=nothing,
         positions=last.positions[:, :1],
         scores=scores,

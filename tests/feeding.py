@@ -26,9 +26,9 @@ def feed(
     return model(ids, past_key_values=cache, **options).logits
 
 
-def tiny_model_with_key_gains(architecture: str, attention: str = "cab") -> PreTrainedModel:
+def tiny_model_with_key_gains(architecture: str, attention: str = "cab", **changes: object) -> PreTrainedModel:
     """Where a model normalises its keys, as made, all are as long up to rounding, and CAB would rank by rounding."""
-    model = tiny_model(architecture, attention)
+    model = tiny_model(architecture, attention, **changes)
     for name, parameter in model.named_parameters():
         if "k_norm" in name:
             parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cab_attention.budget import Budget
+from cab_attention.tensor_parallel import HeadRanks
 
 Granularity = Literal["head", "layer", "model"]
 Positions = Literal["original", "compacted"]
@@ -22,7 +23,8 @@ class CachedKeys:
     What competes as one set (`granularity` layer or model) is one head here, G = 1.
 
     Attributes:
-        keys: [B, G, K, D], after RoPE, as attention sees them. Of a set, the keys of its heads side by side.
+        keys: [B, G, K, D], after RoPE, as attention sees them. Of a set, the keys of its heads side by side, of those
+            heads that are on this rank.
         values: [B, G, K, Dv], likewise.
         positions: int64 [B, G, K], original positions, -1 for an empty slot.
         scores: float32 [B, G, K]. For `Method.scores` what was observed: softmax weights summed over the query heads of
@@ -34,6 +36,7 @@ class CachedKeys:
         layer_index: of the model; a set over layers has the last one's.
         peers: which of how many the layer is among those of its kind: with full attention, or with its sliding window.
         sample_ids: one a row; rows of one sample draw the same random numbers.
+        ranks: of a tensor-parallel model, the ranks over which the layer's heads lie, G on each; None if all are here.
     """
 
     keys: Tensor
@@ -45,6 +48,7 @@ class CachedKeys:
     layer_index: int = 0
     peers: tuple[int, int] = (0, 1)
     sample_ids: tuple[str, ...] = ("",)
+    ranks: HeadRanks | None = None
 
     @property
     def valid(self) -> Tensor:

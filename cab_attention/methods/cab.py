@@ -102,7 +102,8 @@ class CAB(Method):
 
     def block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
         """The place of each key's block, 0 = strongest bridge [B, G, K], and whether there is a graph [B, G, 1]."""
-        representatives, exists = curvature.block_representatives(cached.keys, cached.valid, self.block_size)
+        ranks = None if self.granularity == "head" else cached.ranks  # of a set's keys each rank has a part
+        representatives, exists = curvature.block_representatives(cached.keys, cached.valid, self.block_size, ranks)
         log_weights = curvature.block_log_weights(representatives, exists)
         if self.bridge == "curvature":
             values = curvature.bridge_order_by_curvature(log_weights)

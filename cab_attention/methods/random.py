@@ -12,7 +12,7 @@ from cab_attention.methods.base import CachedKeys, Method
 class Random(Method):
     """Keep budget - 1 keys drawn uniformly and the last token: the floor that a method has to beat.
 
-    The generator is seeded by (seed, sample, layer, head), so a resumed or batched run draws the same.
+    The generator is seeded by (seed, sample, layer, head), so a resumed, batched or tensor-parallel run draws the same.
     """
 
     name: ClassVar = "random"
@@ -25,11 +25,12 @@ class Random(Method):
         n_batch, n_heads, n_keys = cached.positions.shape
         draws = torch.zeros(n_batch, n_heads, n_keys)
         counts = cached.count[..., 0].tolist()
+        first_head = 0 if cached.ranks is None else cached.ranks.rank * n_heads
         for row in range(n_batch):
             for head in range(n_heads):
                 # One number a real token, so that neither padding nor the other rows move a row's draw.
                 count = counts[row][head]
-                generator = self._generator(cached.sample_ids[row], cached.layer_index, head)
+                generator = self._generator(cached.sample_ids[row], cached.layer_index, first_head + head)
                 draws[row, head, n_keys - count :] = torch.rand(count, generator=generator)
         return draws.to(cached.positions.device).masked_fill(cached.from_end == 0, 2.0)
 
