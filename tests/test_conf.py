@@ -1,6 +1,7 @@
 """Every config composes into a cell, and every group's choices are what the library has."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import cab_attention
 from experiments.longbench_qa.config import Cell, build_cell
-from experiments.longbench_qa.data import DEMO_SETS, LONGBENCH, LONGBENCH_E
+from experiments.longbench_qa.data import BUILT_IN, LONGBENCH, LONGBENCH_E
+from experiments.longbench_qa.in_process import groups
 from experiments.longbench_qa.schema import METHOD_OPTIONS, RunConfig, register_schema
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -89,7 +91,7 @@ def test_the_default_needs_nothing():
 @pytest.mark.parametrize("group", ["dataset", "attention"])
 def test_every_choice_composes(group: str):
     for name in choices(group):
-        value = getattr(cell(f"{group}={name}"), group)
+        value = getattr(cell(f"{group}={name}", "method=full"), group)
         assert (value if isinstance(value, str) else value.name) == name
 
 
@@ -113,12 +115,69 @@ def test_a_demo_experiments_number_of_samples_comes_before_its_data_sets(name: s
     assert cell(f"experiment={name}", "max_samples=6").max_samples == 6
 
 
-def test_the_longbench_experiment_is_its_question_answering_part():
+def swept(name: str) -> dict[str, list[str]]:
+    """An experiment's values by key."""
     register_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", overrides=["experiment=longbench_qa"], return_hydra_config=True)
+        config = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
+    return {key: str(values).split(",") for key, values in config.hydra.sweeper.params.items()}
+
+
+@pytest.mark.parametrize("name", ["longbench_qa", "full_cache"])
+def test_the_longbench_experiments_are_its_question_answering_part(name: str):
     wanted = {"narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique"}
-    assert set(config.hydra.sweeper.params.dataset.split(",")) == wanted | {"dureader", "triviaqa"}
+    assert set(swept(name)["dataset"]) == wanted | {"dureader", "triviaqa"}
+
+
+def cells_of(name: str, *overrides: str) -> list[Cell]:
+    """Cells of an experiment that have each of its values."""
+    keys = [[f"{key}={value}" for value in values] for key, values in swept(name).items()]
+    most = max(map(len, keys))
+    chosen = zip(*(islice(cycle(values), most) for values in keys), strict=True)
+    return [cell(f"experiment={name}", *some, *overrides) for some in chosen]
+
+
+def test_what_an_experiment_sets_holds_until_it_is_overridden():
+    default = cell("experiment=attention_check")
+    assert (default.share_prefill, default.max_samples) == (False, 30)
+    assert cell("experiment=attention_check", "share_prefill=true").share_prefill
+    assert cell("experiment=memory_scaling").method == cab_attention.H2O(1024)
+    assert cell("experiment=memory_scaling", "budget=64").method == cab_attention.H2O(64)
+
+
+def test_the_full_cache_is_one_cell_a_data_set():
+    cells = cells_of("full_cache", "model=qwen2.5-7b-instruct")
+    assert len({cell.folder for cell in cells}) == len(cells) == 9
+    assert {cell.method for cell in cells} == {cab_attention.Full()}
+
+
+def test_a_budget_curve_has_tokens_and_fractions_from_one_prefill():
+    assert swept("budget_curve")["method"] == swept("demo")["method"]
+    cells = [cell("experiment=budget_curve", f"budget={budget}") for budget in swept("budget_curve")["budget"]]
+    assert {cell.method.parsed_budget.kind for cell in cells} == {"tokens", "fraction"}
+    assert [len(group) for group in groups(dict(enumerate(cells)))] == [8]
+
+
+def test_an_attention_check_measures_every_cell_by_itself():
+    cells = cells_of("attention_check")
+    assert {cell.attention for cell in cells} == {"eager", "cab"}
+    assert [len(group) for group in groups(dict(enumerate(cells)))] == [1] * 6
+
+
+def test_memory_scaling_is_over_lengths_that_the_model_and_the_text_have():
+    cells = cells_of("memory_scaling")
+    assert [len(group) for group in groups(dict(enumerate(cells)))] == [1] * 6
+    assert {cell.model.max_length for cell in cells} == {4096 * 2**i for i in range(6)}
+    assert {(cell.model.kind, cell.dataset.name, cell.max_samples) for cell in cells} == {("random", "long_text", 3)}
+    assert cell("experiment=memory_scaling", "attention=sdpa", "method=full").folder not in {c.folder for c in cells}
+
+
+def test_seeds_have_folders_of_their_own_and_one_prefill():
+    cells = cells_of("random_seeds")
+    assert {cell.method.seed for cell in cells} == {0, 1, 2, 3, 4}
+    cells = [replace(cell, method=replace(cell.method, budget=32)) for cell in cells]
+    assert len({cell.folder for cell in cells}) == len(cells) == 5
+    assert [len(group) for group in groups(dict(enumerate(cells)))] == [5]
 
 
 def test_no_chat_template_and_newline_stops_where_the_authors_have_none():
@@ -129,7 +188,7 @@ def test_no_chat_template_and_newline_stops_where_the_authors_have_none():
 
 
 def test_data_sets_are_those_known():
-    assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, *DEMO_SETS])
+    assert choices("dataset") == sorted([*LONGBENCH, *LONGBENCH_E, *BUILT_IN])
 
 
 def test_methods_are_those_exported():
@@ -197,7 +256,14 @@ def test_the_folder_names_what_differs_from_the_default(overrides: list[str], fo
         ("wandb.mode=on", "offline"),
         ("model.dtype=float77", "bfloat16"),
         ("model.kind=other", "tiny"),
-        ("attention.name=sdpa", "eager"),
+        ("model.device_map=balanced", "model.device_map='balanced', allowed is auto"),
+        ("model.tp_plan=all", "model.tp_plan='all', allowed is auto"),
+        ("model.tp_plan=auto model.device_map=auto", "model.device_map=auto and model.tp_plan=auto both say where"),
+        ("model.tp_plan=auto model.device=cuda", "model.device=cuda and model.tp_plan=auto both say where"),
+        ("model=tiny model.tp_plan=auto", "model.tp_plan=auto: model.kind=tiny is made in one piece"),
+        ("attention.name=flash", "cab, eager, sdpa"),
+        ("attention=sdpa", "h2o evicts, allowed for it is cab, eager"),
+        ("plan=later", "show, only"),
         ("method.recent=-1", "recent=-1"),
         ("method._target_=pathlib.Path", "eviction method"),
         ("dataset.max_new_tokens=0", "max_new_tokens=0"),
@@ -228,6 +294,15 @@ def test_a_wrong_value_is_refused_by_name(override: str, named: str):
         cell(*override.split())
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_where_a_model_lies_is_no_part_of_what_a_cell_is():
+    """Started on one GPU, a cell may be finished on two."""
+    default = cell()
+    for override in ("model.device=cpu", "model.device_map=auto", "model.tp_plan=auto"):
+        other = cell(override)
+        assert other.identity() == default.identity() and other.folder == default.folder
+        assert other.full_config() != default.full_config()
 
 
 @pytest.mark.parametrize("override", ["bugdet=3", "method.recnt=3", "max_samples=x", "model.max_length=x"])

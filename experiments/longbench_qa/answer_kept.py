@@ -45,6 +45,7 @@ def shares_kept(tokens: Sequence[int], positions: Sequence[Tensor]) -> list[list
     """
     if not tokens:
         return None
-    wanted = torch.tensor(tokens, device=positions[0].device)
-    counts = torch.stack([torch.isin(layer[0], wanted).sum(-1) for layer in positions])  # one wait for the GPU
-    return (counts.double() / len(tokens)).tolist()
+    one_device = positions[0].device  # layers may lie on several
+    wanted = torch.tensor(tokens, device=one_device)
+    counts = [torch.isin(layer[0], wanted.to(layer.device)).sum(-1).to(one_device) for layer in positions]
+    return (torch.stack(counts).double() / len(tokens)).tolist()  # one wait for the GPU

@@ -9,9 +9,10 @@ from typing import Any
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import Row, load_data
 from experiments.longbench_qa.generation import Generation
-from experiments.longbench_qa.model_wrapper import ModelWrapper
+from experiments.longbench_qa.model_wrapper import ModelWrapper, Options
 from experiments.longbench_qa.open_cell import OpenCell
 from experiments.longbench_qa.prompts import fill_template, load_prompt
+from experiments.longbench_qa.ranks import OutOfStepError
 
 Metrics = dict[str, Any]
 """What a cell's metrics.json holds."""
@@ -94,7 +95,7 @@ def run_cells(
             return results
         with closing(close):
             try:
-                model.load(force_eager_attention=one.attention == "eager")
+                model.load(attention=one.attention)
                 if one.chat_template == "always":
                     model.require_chat_template()
                 made_by = model.description()
@@ -109,6 +110,9 @@ def run_cells(
                 answers = _answers(model, one, template, row, [going[index] for index in lacking])
                 for index, answer in zip(lacking, answers, strict=True):
                     go_on(index, partial(OpenCell.add, row=row, answer=answer))
+                for answer in answers:
+                    if isinstance(answer, OutOfStepError):  # on record as failed; nothing can be computed any more
+                        return [answer if index in going else result for index, result in enumerate(results)]
                 on_progress(done, len(rows))
     return results
 
@@ -122,16 +126,23 @@ def _answers(
         return model.generate_each(
             fill_template(template, row.context, row.input),
             [opened.cell.method for opened in lacking],
-            max_new_tokens=one.dataset.max_new_tokens,
-            compress=one.compress,
-            first_token=one.first_token,
-            truncate=one.truncate,
-            chat_template=one.uses_chat_template,
-            prefill_chunk=one.prefill_chunk,
-            stop_at_newline=one.dataset.stop_at_newline,
-            sample_id=row.id,
-            answers=row.answers,
-            answer_span=row.answer_span,
+            **sample_options(one, row),
         )
     except Exception as error:
         return [error] * len(lacking)
+
+
+def sample_options(cell: Cell, row: Row) -> Options:
+    """How the cell has the model answer this row."""
+    return Options(
+        max_new_tokens=cell.dataset.max_new_tokens,
+        compress=cell.compress,
+        first_token=cell.first_token,
+        truncate=cell.truncate,
+        chat_template=cell.uses_chat_template,
+        prefill_chunk=cell.prefill_chunk,
+        stop_at_newline=cell.dataset.stop_at_newline,
+        sample_id=row.id,
+        answers=row.answers,
+        answer_span=row.answer_span,
+    )

@@ -9,21 +9,7 @@ import torch
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import LONGBENCH_E, Row
 from experiments.longbench_qa.metrics import score_by_length
-from experiments.longbench_qa.records import FORMAT
-
-MEANS = (
-    "prompt_tokens",
-    "generated_tokens",
-    "compressed_tokens",
-    "budget_tokens",
-    "kept_tokens",
-    "answer_kept",
-    "cache_bytes",
-    "bookkeeping_bytes",
-    "prefill_ms",
-    "decode_ms_per_token",
-)
-MAXIMA = ("weights_bytes", "prefill_peak_bytes", "decode_peak_bytes", "total_peak_bytes", "cache_bytes")
+from experiments.longbench_qa.records import FORMAT, MAXIMA, MEANS
 
 
 def cell_metrics(

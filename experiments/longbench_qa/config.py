@@ -20,13 +20,16 @@ from experiments.longbench_qa.schema import (
 )
 from experiments.longbench_qa.shapes import SHAPES
 
-ATTENTIONS = ("cab", "eager")
+ATTENTIONS = ("cab", "eager", "sdpa")
 COMPRESS = ("after_prompt", "after_context")
 FIRST_TOKEN = ("full", "compressed")
 CHAT_TEMPLATE = ("official", "always", "never")
 MODEL_KINDS = ("demo", "tiny", "random", "path")
 DTYPES = ("float32", "bfloat16", "float16")
 WANDB_MODES = ("offline", "online", "disabled")
+PLANS = ("show", "only")
+DIAGNOSTICS = ("null", "kept_map")
+PLACES = ("device", "device_map", "tp_plan")  # of a model: they change its rounding at most
 AXES = ("compress", "first_token", "truncate", "chat_template", "prefill_chunk")  # of the protocol, named as in a Cell
 
 
@@ -55,6 +58,7 @@ class Cell:
     output_dir: str
     wandb: WandbConfig
     share_prefill: bool
+    diagnostics: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -74,8 +78,8 @@ class Cell:
         return self.chat_template == "always" or (self.chat_template == "official" and self.dataset.chat_template)
 
     def shares_prefill_with(self, other: "Cell") -> bool:
-        """The two differ in their method, its budget and its options at most."""
-        return replace(self, method=other.method) == other
+        """The two differ in their method, its budget, its options and seed at most."""
+        return replace(self, method=other.method, seed=other.seed) == other
 
     def identity(self) -> dict[str, Any]:
         """What makes a sample's record what it is; equal for two runs that may share a folder.
@@ -83,7 +87,7 @@ class Cell:
         A prompts file is known by its text's sha256, which `OpenCell` adds, not by its place.
         """
         return {
-            "model": {key: value for key, value in asdict(self.model).items() if key != "device"},
+            "model": {key: value for key, value in asdict(self.model).items() if key not in PLACES},
             "method": {"name": self.method.name, **asdict(self.method)},
             "dataset": asdict(self.dataset),
             "attention": self.attention,
@@ -108,6 +112,8 @@ def build_cell(config: DictConfig) -> Cell:
         ("truncate", run.truncate, TRUNCATE),
         ("chat_template", run.chat_template, CHAT_TEMPLATE),
         ("wandb.mode", run.wandb.mode, WANDB_MODES),
+        ("plan", run.plan, PLANS),
+        ("diagnostics", run.diagnostics or "null", DIAGNOSTICS),
     ):
         if value not in allowed:
             raise ValueError(f"{key}={value!r}, allowed is one of {', '.join(allowed)}")
@@ -124,6 +130,8 @@ def build_cell(config: DictConfig) -> Cell:
     prompts = choose_prompts(run.dataset.name, run.prompts, run.prompts_file)
     method = build_method(run.method)
     _check_method_options(run, method)
+    if run.attention.name == "sdpa" and not isinstance(method, Full):
+        raise ValueError(f"attention=sdpa is for method=full: {method.name} evicts, allowed for it is cab, eager")
     return Cell(
         model=run.model,
         method=method,
@@ -143,12 +151,21 @@ def build_cell(config: DictConfig) -> Cell:
         output_dir=run.output_dir,
         wandb=run.wandb,
         share_prefill=run.share_prefill,
+        diagnostics=run.diagnostics,
     )
 
 
 def _check_model(model: ModelConfig) -> None:
     if model.dtype is not None and model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r}, allowed is one of {', '.join(DTYPES)}")
+    for key in PLACES[1:]:
+        if getattr(model, key) not in (None, "auto"):
+            raise ValueError(f"model.{key}={getattr(model, key)!r}, allowed is auto")
+    given = [f"model.{key}={getattr(model, key)}" for key in PLACES if getattr(model, key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both say where the model lies: allowed is one of them")
+    if model.kind == "tiny" and given and model.device is None:
+        raise ValueError(f"{given[0]}: model.kind=tiny is made in one piece, allowed is demo, random or path")
     if model.kind == "random" and model.shape not in SHAPES:
         raise ValueError(f"model.shape={model.shape!r}, allowed is one of {', '.join(SHAPES)}")
     if model.kind == "path":

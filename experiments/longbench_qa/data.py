@@ -1,11 +1,11 @@
-"""The rows of a data set: LongBench v1 and LongBench-E files, and the project's own demo_qa."""
+"""The rows of a data set: LongBench v1 and LongBench-E files, and the project's own."""
 
 import json
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, TypeVar
 
-from experiments.longbench_qa.demo.files import FILES, demo_file
+from experiments.longbench_qa.demo.files import FILES, LONG_TEXT, SHA256, built_in_file, demo_file, generated
 from experiments.longbench_qa.sources import Content, Provenance, read_data
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ LONGBENCH_E = (
 )
 DEMO = "demo_qa"
 DEMO_SETS = tuple(FILES)  # of 512, 1024, 2048 and 4096 tokens
+BUILT_IN = (*DEMO_SETS, LONG_TEXT)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Row:
 
 
 def base_name(dataset: str) -> str:
-    """The data set whose prompt and metric `dataset` uses: `hotpotqa_e` -> `hotpotqa`, `demo_qa_512` -> `demo_qa`.
+    """The data set whose prompt and metric `dataset` uses: `hotpotqa_e` -> `hotpotqa`, `long_text` -> `demo_qa`.
 
     Raises ValueError for a name that is no known data set.
     """
@@ -79,28 +80,30 @@ def base_name(dataset: str) -> str:
         return dataset.removesuffix("_e")
     if dataset in LONGBENCH:
         return dataset
-    if dataset in DEMO_SETS:
+    if dataset in BUILT_IN:
         return DEMO
-    known = ", ".join([*DEMO_SETS, *LONGBENCH, *LONGBENCH_E])
+    known = ", ".join([*BUILT_IN, *LONGBENCH, *LONGBENCH_E])
     raise ValueError(f"unknown data set {dataset!r}; known: {known}")
 
 
 def load_data(
-    dataset: str, data_dir: str | None, max_samples: int | None, cache_dir: str | None = None
+    dataset: str, data_dir: str | None, max_samples: int | None, cache_dir: str | None = None, *, store: bool = True
 ) -> tuple[list[Row], Provenance]:
     """The first `max_samples` rows (None: all) of `dataset`, in file order, and where they come from.
 
-    A demo set is generated once into `cache_dir`. Any other is in LongBench's own format: `DATASET.jsonl` in the folder
-    `data_dir`, or (None) in the authors' data.zip, downloaded once into `cache_dir`. The sha256 is that of the whole
-    file, however many rows are asked for; rows after the last of these are not checked.
+    A built-in set is generated once into `cache_dir`; with `store` False it is not written there. Any other is in
+    LongBench's own format: `DATASET.jsonl` in the folder `data_dir`, or (None) in the authors' data.zip, downloaded
+    once into `cache_dir`. The sha256 is that of the whole file, however many rows are asked for; rows after the last of
+    these are not checked.
     Raises ValueError, with file and line number where there is one, for what is missing or malformed.
     """
     base_name(dataset)
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; allowed: an integer >= 1, or null for all rows")
-    if dataset in DEMO_SETS:
-        file = demo_file(dataset, cache_dir)
-        content = Content(file.read_bytes(), str(file), Provenance("builtin", FILES[dataset][1]))
+    if dataset in BUILT_IN:
+        file = built_in_file(dataset, cache_dir)
+        raw = demo_file(dataset, cache_dir).read_bytes() if store or file.is_file() else generated(dataset)
+        content = Content(raw, str(file), Provenance("builtin", SHA256[dataset]))
     else:
         content = read_data(dataset, data_dir, cache_dir)
     return _parse_lines(content.raw, content.where, max_samples), content.provenance

@@ -1,22 +1,26 @@
 """A prompt on its way to an answer: fed to a cache, decoded greedily, and described with what that took."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cab_attention import EvictingCache, Method, SharedPrefill
+from cab_attention import EvictingCache, Full, Method, SharedPrefill
 from experiments.longbench_qa.answer_kept import shares_kept
 from experiments.longbench_qa.encoding import EncodedPrompt
 from experiments.longbench_qa.greedy import GreedyDecoder, stop_ids
 from experiments.longbench_qa.memory import MemoryMeter
+from experiments.longbench_qa.plain_cache import PlainCache
 
 
 @dataclass(frozen=True)
 class Generation:
     """An answer and its cost. Peaks are over the weights; None where there is no GPU to measure them on.
+
+    Bytes are summed over the GPUs of a process. Where the ranks of a tensor-parallel run each hold a part of the model,
+    the weights' and the peaks are those of the rank with most, and the cache's are summed over the ranks.
 
     What is kept is measured right after the cut, before whatever of the prompt follows it is fed; the cache's bytes
     when the whole prompt is through and decode begins.
@@ -55,6 +59,42 @@ class Kept:
     answer_heads: list[list[float]] | None  # None if the context does not hold the answer
 
 
+def positions_of(cache: EvictingCache | PlainCache) -> list[Tensor]:
+    """By layer, on its device: int64 [1, KV heads, kept], the positions in the cache, -1 for an empty slot."""
+    return cache.kept_positions() if isinstance(cache, PlainCache) else [layer.positions for layer in cache.layers]
+
+
+def of_all_ranks(parts: Sequence[Generation]) -> Generation:
+    """One answer of the ranks', each of which holds equally many KV heads of every layer; times are the first rank's.
+
+    Raises RuntimeError if they did not answer alike.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({(part.text, part.generated_tokens) for part in parts}) > 1:
+        raise RuntimeError(f"the ranks gave different answers: {[part.text for part in parts]}")
+
+    def most(name: str) -> int | None:
+        values = [getattr(part, name) for part in parts]
+        return None if None in values else max(values)
+
+    by_layer = [sum(kept) / len(parts) for kept in zip(*(part.kept_by_layer for part in parts), strict=True)]
+    heads = [part.answer_kept_heads for part in parts if part.answer_kept_heads is not None]
+    by_head = [[share for own in layer for share in own] for layer in zip(*heads, strict=True)] or None
+    peaks = ("weights_bytes", "prefill_peak_bytes", "decode_peak_bytes", "total_peak_bytes")
+    return replace(
+        first,
+        kept_tokens=sum(by_layer) / len(by_layer),
+        kept_by_layer=by_layer,
+        answer_kept=None if by_head is None else sum(map(sum, by_head)) / sum(map(len, by_head)),
+        answer_kept_heads=by_head,
+        cache_bytes=sum(part.cache_bytes for part in parts),
+        bookkeeping_bytes=sum(part.bookkeeping_bytes for part in parts),
+        **{name: most(name) for name in peaks},  # type: ignore[arg-type]
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """An encoded prompt and how to answer it: the same for every method that does.
@@ -83,8 +123,12 @@ class Task:
         """Tokens that end the answer."""
         return stop_ids(self.model, self.tokenizer, self.stop_at_newline)
 
-    def new_cache(self, method: Method) -> EvictingCache:
+    def new_cache(self, method: Method) -> EvictingCache | PlainCache:
         """An empty cache for the prompt."""
+        if self.model.config._attn_implementation == "sdpa":
+            if not isinstance(method, Full):
+                raise ValueError(f"attention=sdpa gives no cache to cut: {method.name} needs cab or eager")
+            return PlainCache(self.model.config, method)
         return EvictingCache(
             self.model.config,
             method,
@@ -109,16 +153,16 @@ class Task:
         budget = method.parsed_budget.tokens(self.compress_at)
         return min(last, budget + last - min(first, self.compress_at))
 
-    def feed_to_cut(self, cache: EvictingCache | SharedPrefill) -> tuple[int, Tensor]:
+    def feed_to_cut(self, cache: EvictingCache | PlainCache | SharedPrefill) -> tuple[int, Tensor]:
         """Feed the prompt as far as it is compressed; returns what `GreedyDecoder.step` does."""
         return self._feed(cache, 0, self.compress_at)
 
-    def feed_rest(self, cache: EvictingCache, next_token: tuple[int, Tensor]) -> tuple[int, Tensor]:
+    def feed_rest(self, cache: EvictingCache | PlainCache, next_token: tuple[int, Tensor]) -> tuple[int, Tensor]:
         """Feed what follows the cut; `next_token`, what came after it, is returned if nothing does."""
         n_prompt = len(self.encoded.ids)
         return self._feed(cache, self.compress_at, n_prompt) if self.compress_at < n_prompt else next_token
 
-    def _feed(self, cache: EvictingCache | SharedPrefill, first: int, last: int) -> tuple[int, Tensor]:
+    def _feed(self, cache: EvictingCache | PlainCache | SharedPrefill, first: int, last: int) -> tuple[int, Tensor]:
         decoder = GreedyDecoder(self.model, cache)
         for start, end in self._chunks(first, last):
             ids = torch.tensor([self.encoded.ids[start:end]], device=self.model.device)
@@ -127,15 +171,16 @@ class Task:
             next_token = decoder.step(ids, forbidden=self.stops if needs_one else frozenset())
         return next_token
 
-    def kept(self, cache: EvictingCache) -> Kept:
+    def kept(self, cache: EvictingCache | PlainCache) -> Kept:
         """What the cache holds, right after the cut."""
-        positions = [layer.positions for layer in cache.layers]
-        by_layer = torch.stack([(layer >= 0).sum(-1).double().mean() for layer in positions])
+        positions = positions_of(cache)
+        one_device = positions[0].device  # layers may lie on several
+        by_layer = torch.stack([(layer >= 0).sum(-1).double().mean().to(one_device) for layer in positions])
         return Kept(by_layer.tolist(), shares_kept(self.answer_tokens, positions))
 
     def answer(
         self,
-        cache: EvictingCache,
+        cache: EvictingCache | PlainCache,
         next_token: tuple[int, Tensor],
         kept: Kept,
         meter: MemoryMeter,

@@ -5,12 +5,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cab_attention import EvictingCache, SharedPrefill
+from experiments.longbench_qa.plain_cache import PlainCache
 
 
 class GreedyDecoder:
     """Feeds tokens to a model through one cache and picks the next ones."""
 
-    def __init__(self, model: PreTrainedModel, cache: EvictingCache | SharedPrefill) -> None:
+    def __init__(self, model: PreTrainedModel, cache: EvictingCache | PlainCache | SharedPrefill) -> None:
         self.model = model
         self.cache = cache
 

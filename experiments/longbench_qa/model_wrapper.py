@@ -6,15 +6,25 @@ from functools import partial
 from typing import Any, Required, TypedDict, Unpack
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from cab_attention import H2O, EvictingCache, Method, SharedPrefill
+from cab_attention import H2O, EvictingCache, Full, Method, SharedPrefill
+from experiments.longbench_qa import ranks
 from experiments.longbench_qa.answer_kept import answer_tokens
 from experiments.longbench_qa.encoding import chat_frame, encode_prompt
-from experiments.longbench_qa.generation import Generation, Task
+from experiments.longbench_qa.generation import Generation, Task, of_all_ranks, positions_of
 from experiments.longbench_qa.greedy import stop_ids
-from experiments.longbench_qa.memory import MemoryMeter, free_memory, one_after_the_other, refuse_eager_that_cannot_fit
+from experiments.longbench_qa.memory import (
+    MemoryMeter,
+    devices_of,
+    free_memory,
+    one_after_the_other,
+    refuse_eager_that_cannot_fit,
+)
 from experiments.longbench_qa.models import LoadedModel, load
+from experiments.longbench_qa.plain_cache import PlainCache
 from experiments.longbench_qa.prompts import FilledPrompt
 from experiments.longbench_qa.schema import ModelConfig
 
@@ -49,31 +59,41 @@ class Options(TypedDict, total=False):
     on_compressed: Callable[[EvictingCache], None]
 
 
+# The names of `attention` in a config, as transformers knows them: with scores, and torch's own without.
+IMPLEMENTATIONS = {"cab": "cab", "eager": "eager_with_scores", "sdpa": "sdpa"}
+
+
 class ModelWrapper:
-    """The model of a `ModelConfig`, loaded once, driven with either attention."""
+    """The model of a `ModelConfig`, loaded once, driven with any attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.eager = False
-        self._warm: set[bool] = set()  # attentions that have run once
+        self.attention = "cab"
+        self._warm: set[str] = set()  # attentions that have run once
         self._loaded: LoadedModel | None = None
 
-    def load(self, force_eager_attention: bool = False) -> "ModelWrapper":
-        """Load the weights if they are not, and choose the attention: `cab`, or the model's own eager attention."""
-        if self._loaded is None:
-            self._loaded = load(self.config)
-        self.eager = force_eager_attention
-        self._loaded.model.set_attn_implementation("eager_with_scores" if force_eager_attention else "cab")
-        if force_eager_attention not in self._warm:
-            self._warm_up(self._loaded.model)
-            self._warm.add(force_eager_attention)
+    def load(self, attention: str = "cab") -> "ModelWrapper":
+        """Load the weights if they are not, and choose the attention: `cab`, `eager` or `sdpa`."""
+        ranks.lead(self.config, "load", attention=attention)
+        with ranks.in_step():
+            if self._loaded is None:
+                self._loaded = load(self.config)
+            self.attention = attention
+            self._loaded.model.set_attn_implementation(IMPLEMENTATIONS[attention])
+            if attention not in self._warm:
+                self._warm_up(self._loaded.model)
+                self._warm.add(attention)
         return self
 
     @torch.inference_mode()
     def _warm_up(self, model: PreTrainedModel) -> None:
         """Let a GPU's libraries start, compile and take their workspaces before anything is measured."""
         if model.device.type == "cuda":
-            cache = EvictingCache(model.config, H2O(16))  # scores in the prefill and in decode
+            cache: EvictingCache | PlainCache
+            if self.attention == "sdpa":
+                cache = PlainCache(model.config, Full())
+            else:
+                cache = EvictingCache(model.config, H2O(16))  # scores in the prefill and in decode
             for n_tokens in (64, 1):
                 model(torch.zeros(1, n_tokens, dtype=torch.int64, device=model.device), past_key_values=cache)
 
@@ -94,7 +114,8 @@ class ModelWrapper:
             "revision": self.loaded.revision,
             "parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "device": ", ".join(map(str, devices_of(model))),
+            "ranks": ranks.n_ranks(),  # that each hold a part of every layer, on a device of that name
             "attention": model.config._attn_implementation,
             "max_length": self.max_length,
             "stop_ids": sorted(stop_ids(model, tokenizer, stop_at_newline=False)),
@@ -118,7 +139,6 @@ class ModelWrapper:
             raise ValueError(f"model.max_length={self.config.max_length}, the model's context is {context}")
         return self.config.max_length
 
-    @torch.inference_mode()
     def generate(self, prompt: FilledPrompt | str, method: Method, **options: Unpack[Options]) -> Generation:
         """Answer greedily: the argmax of the logits and nothing else.
 
@@ -131,18 +151,36 @@ class ModelWrapper:
             ValueError: the prompt does not fit. MemoryError: eager attention would not. FloatingPointError: the logits
             are not numbers. RuntimeError: the model did not use the cache.
         """
-        task, meter = self._task(prompt, [method], options), MemoryMeter(self.loaded.model.device)
-        cache = task.new_cache(method)
-        started = meter.start()
-        next_token = task.feed_to_cut(cache)
-        to_cut = meter.stop(started)
-        kept = task.kept(cache)  # takes its own time
-        started = meter.start()
-        next_token = task.feed_rest(cache, next_token)
-        prefill = one_after_the_other(to_cut, meter.stop(started))
-        if "on_compressed" in options:
-            options["on_compressed"](cache)
-        return task.answer(cache, next_token, kept, meter, prefill)
+        self._lead("generate", options, prompt=prompt, method=method)
+        return self._generate(prompt, method, options)
+
+    def _lead(self, name: str, options: Options, **arguments: Any) -> None:
+        """Have the other ranks, if there are, make the same call."""
+        if self._loaded is None:  # a call of its own
+            self.load()
+        if ranks.n_ranks() > 1 and "on_compressed" in options:
+            raise ValueError("on_compressed is for one process: each rank's cache holds a part of the heads")
+        ranks.lead(self.config, name, **arguments, **options)
+
+    @torch.inference_mode()
+    def _generate(self, prompt: FilledPrompt | str, method: Method, options: Options) -> Generation:
+        with ranks.in_step():
+            task, meter = self._task(prompt, [method], options), self._meter()
+            cache = task.new_cache(method)
+            started = meter.start()
+            next_token = task.feed_to_cut(cache)
+            to_cut = meter.stop(started)
+            kept = task.kept(cache)  # takes its own time
+            started = meter.start()
+            next_token = task.feed_rest(cache, next_token)
+            prefill = one_after_the_other(to_cut, meter.stop(started))
+            if "on_compressed" in options:
+                options["on_compressed"](cache)
+            generation = task.answer(cache, next_token, kept, meter, prefill)
+        return of_all_ranks(ranks.gather(generation))
+
+    def _meter(self) -> MemoryMeter:
+        return MemoryMeter(*devices_of(self.loaded.model))
 
     def generate_each(
         self, prompt: FilledPrompt | str, methods: Sequence[Method], **options: Unpack[Options]
@@ -152,31 +190,56 @@ class ModelWrapper:
         The answers are those of `generate`. Where the shared prefill raises, which may be one method's fault alone,
         each method gets its own; so it does with `prefill_chunk`, since a prefill in chunks is not shared.
         """
+        self._lead("generate_each", options, prompt=prompt, methods=methods)
         if len(methods) > 1 and options.get("prefill_chunk") is None:
             try:
                 return self._generate_together(prompt, methods, options)
+            except ranks.OutOfStepError:
+                raise
             except Exception as error:
-                print(f"no shared prefill for {options.get('sample_id', 'this prompt')}: {error}", file=sys.stderr)
+                if not ranks.is_follower():
+                    print(f"no shared prefill for {options.get('sample_id', 'this prompt')}: {error}", file=sys.stderr)
             free_memory()  # only now, with the traceback gone, is nothing of the failed forward held any more
-        return [_caught(partial(self.generate, prompt, method, **options)) for method in methods]
+        return [_caught(partial(self._generate, prompt, method, options)) for method in methods]
 
     @torch.inference_mode()
     def _generate_together(
         self, prompt: FilledPrompt | str, methods: Sequence[Method], options: Options
     ) -> list[Generation | Exception]:
-        task, meter = self._task(prompt, methods, options), MemoryMeter(self.loaded.model.device)
-        caches = [task.new_cache(method) for method in methods]
-        next_token = task.feed_to_cut(SharedPrefill(caches))
+        with ranks.in_step():
+            task, meter = self._task(prompt, methods, options), self._meter()
+            caches = [task.new_cache(method) for method in methods]
+            next_token = task.feed_to_cut(SharedPrefill(caches))
 
         def go_on() -> Generation:
-            cache = caches.pop(0)  # so that it is freed when it has answered
-            kept = task.kept(cache)
-            own_token = task.feed_rest(cache, next_token)
-            if "on_compressed" in options:
-                options["on_compressed"](cache)
-            return task.answer(cache, own_token, kept, meter, prefill=None)
+            with ranks.in_step():
+                cache = caches.pop(0)  # so that it is freed when it has answered
+                kept = task.kept(cache)
+                own_token = task.feed_rest(cache, next_token)
+                if "on_compressed" in options:
+                    options["on_compressed"](cache)
+                generation = task.answer(cache, own_token, kept, meter, prefill=None)
+            return of_all_ranks(ranks.gather(generation))
 
         return [_caught(go_on) for _ in methods]
+
+    def kept_positions(
+        self, prompt: FilledPrompt | str, methods: Sequence[Method], **options: Unpack[Options]
+    ) -> tuple[Task, list[list[Tensor]]]:
+        """What `generate_each` would cut the prompt to, from one prefill and without an answer.
+
+        Returns:
+            The encoded prompt; by method and layer, int64 [KV heads, kept] on the CPU: the positions in the cache right
+            after the cut, -1 for an empty slot, at the front.
+        """
+        self._lead("kept_positions", options, prompt=prompt, methods=methods)
+        with ranks.in_step(), torch.inference_mode():
+            task = self._task(prompt, methods, options)
+            caches = [task.new_cache(method) for method in methods]
+            task.feed_to_cut(SharedPrefill(caches) if len(caches) > 1 else caches[0])
+            own = [[layer[0].cpu() for layer in positions_of(cache)] for cache in caches]
+        by_method = zip(*ranks.gather(own), strict=True)
+        return task, [[_all_heads(layer) for layer in zip(*layers, strict=True)] for layers in by_method]
 
     def _task(self, prompt: FilledPrompt | str, methods: Sequence[Method], options: Options) -> Task:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -211,16 +274,24 @@ class ModelWrapper:
             sample_id=options.get("sample_id", ""),
             answer_tokens=answer_tokens(encoded, options.get("answers", ()), options.get("answer_span")),
         )
-        if self.eager:
+        if self.attention == "eager":
             for first, last in task.forwards():
                 n_keys = max(task.most_keys(method, first, last) for method in methods)
                 refuse_eager_that_cannot_fit(model, last - first, n_keys)
         return task
 
 
+def _all_heads(parts: Sequence[Tensor]) -> Tensor:
+    """[KV heads of all ranks, kept] of the positions that each has, which may be of different numbers."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([functional.pad(part, (width - part.shape[-1], 0), value=-1) for part in parts])
+
+
 def _caught(answer: Callable[[], Generation]) -> Generation | Exception:
     try:
         return answer()
+    except ranks.OutOfStepError:
+        raise
     except Exception as error:
         failure = error.with_traceback(None)  # the traceback would hold the failed forward's memory
         failure.__cause__ = failure.__context__ = None

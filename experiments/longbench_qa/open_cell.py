@@ -60,13 +60,13 @@ class OpenCell:
         assert self._tracker is not None
         scores = [s["score"] for s in self.records.samples.values() if s["error"] is None]
         n_done = sum(not self.lacks(row) for row in self.rows)
-        self._tracker.log_sample(n_done, {"running_score": sum(scores) / len(scores)} if scores else {})
+        self._tracker.log({"running_score": sum(scores) / len(scores)} if scores else {}, n_done)
 
     def finish(self) -> dict[str, Any]:
         """Write the metrics, end the tracking if it was begun, and return the metrics."""
         metrics = self.write_metrics()
         if self._tracker is not None:
-            self._tracker.finish(metrics, [self.records.samples[row.id] for row in self.rows])
+            self._tracker.finish_cell(metrics, [self.records.samples[row.id] for row in self.rows])
         return metrics
 
     def write_metrics(self) -> dict[str, Any]:

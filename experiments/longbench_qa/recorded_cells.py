@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.longbench_qa.records import FORMAT, SAMPLE_KEYS
+from experiments.longbench_qa.records import FORMAT, NUMBERS, SAMPLE_KEYS
 
 COMPLETE = "complete"
 INCOMPLETE = "incomplete"  # rows asked for have no record: interrupted, or being run right now
@@ -26,22 +26,6 @@ CELL_COLUMNS = ("path", "status", "reason", "n", "n_rows", "n_failed")
 NAMES = ("model", "method", "budget", "budget_kind", "dataset")
 """Columns that name a cell: model and method as in the cell's folder, with every option that is not at its default."""
 
-NUMBERS = (
-    "prompt_tokens",
-    "generated_tokens",
-    "compressed_tokens",
-    "budget_tokens",
-    "kept_tokens",
-    "answer_kept",
-    "cache_bytes",
-    "bookkeeping_bytes",
-    "prefill_ms",
-    "decode_ms_per_token",
-    "weights_bytes",
-    "prefill_peak_bytes",
-    "decode_peak_bytes",
-    "total_peak_bytes",
-)
 FLAGS = ("truncated", "prefill_shared")
 LISTS = ("answers", "kept_by_layer", "answer_kept_heads")
 SAMPLE_COLUMNS = ("id", "score", "error", "prediction", *NUMBERS, *FLAGS, *LISTS)

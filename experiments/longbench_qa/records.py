@@ -20,6 +20,22 @@ from typing import IO, Any
 FORMAT = 3  # a folder of another format is refused, not converted
 SAMPLE_KEYS = {"id", "prediction", "answers", "score", "error"}
 
+# Numbers of a sample: those that metrics.json has means of, and those of which the largest counts.
+MEANS = (
+    "prompt_tokens",
+    "generated_tokens",
+    "compressed_tokens",
+    "budget_tokens",
+    "kept_tokens",
+    "answer_kept",
+    "cache_bytes",
+    "bookkeeping_bytes",
+    "prefill_ms",
+    "decode_ms_per_token",
+)
+MAXIMA = ("weights_bytes", "prefill_peak_bytes", "decode_peak_bytes", "total_peak_bytes", "cache_bytes")
+NUMBERS = tuple(dict.fromkeys((*MEANS, *MAXIMA)))
+
 
 class CellRecords:
     """One process's hold on a cell's folder. Use as a context manager.
@@ -47,7 +63,7 @@ class CellRecords:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._held = _hold(self.folder / ".lock")
             if self.config_path.exists():
-                self._refuse_other_cell()
+                self.refuse_other_cell()
                 self.metrics = self._read_metrics()
             elif self.predictions_path.exists():
                 raise ValueError(f"{self.folder} has predictions.jsonl but no config.json: not a cell of this harness")
@@ -69,7 +85,8 @@ class CellRecords:
             self._held.close()  # and with it the lock
             self._held = None
 
-    def _refuse_other_cell(self) -> None:
+    def refuse_other_cell(self) -> None:
+        """Raise ValueError if config.json, which is there, is not this cell's; needs no hold on the folder."""
         found, mine = _read_object(self.config_path), self.identity
         different = sorted(key for key in mine.keys() | found.keys() if mine.get(key) != found.get(key))
         if different:

@@ -12,23 +12,36 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from experiments.longbench_qa import ranks
 from experiments.longbench_qa.config import build_cell
-from experiments.longbench_qa.in_process import run_together, summarise
+from experiments.longbench_qa.in_process import groups, model_of, run_together, summarise, sweep_cells
+from experiments.longbench_qa.interrupt import closing_on_signals, tell_between_cells
+from experiments.longbench_qa.plan import print_plan
 from experiments.longbench_qa.schema import register_schema
+from experiments.longbench_qa.sweep_tracking import group_name, in_group
 
 register_schema()
 
 
 @hydra.main(config_path="../../conf", config_name="config", version_base="1.3")
 def main(config: DictConfig) -> None:
-    """Translate a composed config into a cell and run it.
+    """Translate a composed config into a cell, and run it or print its plan.
 
-    A sweep comes here only under another launcher than `shared_prefill`, which runs its cells itself.
+    A sweep comes here only under another launcher than `shared_prefill`, which plans and runs its cells itself.
     """
     job = HydraConfig.get()
     in_sweep = job.mode == RunMode.MULTIRUN
     try:
-        [result] = run_together({job.job.num if in_sweep else 0: build_cell(config)}).values()
+        cells = {job.job.num if in_sweep else 0: build_cell(config)}
+        if config.plan == "only":
+            print_plan(groups(cells), download=False)
+            return
+        if in_sweep:
+            overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+            name = group_name(job.runtime.choices.get("experiment"), overrides)
+            cells = {number: in_group(cell, name) for number, cell in cells.items()}
+            sweep_cells(cells.values())
+        [result] = run_together(cells).values()
         if isinstance(result, Exception):
             raise result
     except Exception as error:
@@ -43,7 +56,12 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        summarise()
+    with ranks.joined():
+        if ranks.is_follower():
+            ranks.follow(model_of)
+        else:
+            with closing_on_signals(tell_between_cells):
+                try:
+                    main()
+                finally:
+                    summarise()

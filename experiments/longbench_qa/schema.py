@@ -25,6 +25,8 @@ class ModelConfig:
     dtype: str | None = None  # default: the checkpoint's; float32 for demo and tiny, bfloat16 for random
     max_length: int | None = None  # prompt and answer together, in tokens; default: the model's context
     device: str | None = None  # default: the GPU if there is one
+    device_map: str | None = None  # auto: layers spread over this process's GPUs
+    tp_plan: str | None = None  # auto: each layer divided among the processes that torchrun started
 
 
 @dataclass
@@ -39,7 +41,7 @@ class DatasetConfig:
 
 @dataclass
 class AttentionConfig:
-    """`cab`, or `eager` (the model's own eager attention: the independent check)."""
+    """`cab`, `eager` (the model's own: the independent check) or, for the full cache, `sdpa` (torch's, no scores)."""
 
     name: str = "cab"
 
@@ -81,6 +83,8 @@ class RunConfig:
     cache_dir: str | None = None
     output_dir: str = "results/longbench_qa"
     share_prefill: bool = True
+    plan: str = "show"
+    diagnostics: str | None = None
 
 
 METHOD_OPTIONS = ("granularity", "evict_every", "evict_in_prefill", "score_queries", "positions")

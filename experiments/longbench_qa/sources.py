@@ -49,13 +49,18 @@ class Content:
     provenance: Provenance
 
 
+def place(file: Pinned, cache_dir: str | None) -> Path:
+    """Where a pinned file lies in the cache (default ~/.cache/cab-attention), once it is downloaded."""
+    folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "cab-attention"
+    return folder / file.name
+
+
 def cached(file: Pinned, cache_dir: str | None, alternative: str) -> Path:
-    """A pinned file in the cache (default ~/.cache/cab-attention), downloaded if it is not there yet.
+    """A pinned file in the cache, downloaded if it is not there yet.
 
     Raises ValueError, one line, if it cannot be had; `alternative` says what else a user can do.
     """
-    folder = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "cab-attention"
-    return fetch(file.url, folder / file.name, file.sha256, alternative)
+    return fetch(file.url, place(file, cache_dir), file.sha256, alternative)
 
 
 def read_data(dataset: str, data_dir: str | None, cache_dir: str | None) -> Content:

@@ -25,7 +25,10 @@ COLUMNS = (
 
 
 def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
-    """One line a complete cell, in the order they ran; below, what is incomplete and why.
+    """One line a complete cell; below, what is incomplete and why.
+
+    Models and data sets (with their protocol) stand in the order they ran, so do the methods of each, and a method's
+    budgets from small to large.
 
     A cell that ran twice is listed once. Names are those of the cell's folder, with every option and axis that is not
     at its default. Kept tokens are right after the cut, per layer and KV head; the cache is K and V of all layers when
@@ -37,7 +40,7 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
         is_name = column in ("model", "method", "data set")  # whole even where the terminal is narrow
         table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     latest = {cell.folder: (cell, metrics) for cell, metrics in cells}.values()
-    complete = [(cell, metrics) for cell, metrics in latest if metrics["status"] == "complete"]
+    complete = _ordered([(cell, metrics) for cell, metrics in latest if metrics["status"] == "complete"])
     for cell, metrics in complete:
         model, method, _, dataset = cell.folder.relative_to(cell.output_dir).parts
         error = metrics["standard_error"]
@@ -66,6 +69,18 @@ def print_summary(cells: list[tuple[Cell, dict[str, Any]]]) -> None:
         if metrics["status"] != "complete":
             counts = f"{metrics['n']} of {metrics['n_rows']} samples finished, {metrics['n_failed']} failed"
             console.print(f"incomplete, not in the table: {cell.folder}: {counts}", soft_wrap=True)
+
+
+def _ordered(cells: list[tuple[Cell, dict[str, Any]]]) -> list[tuple[Cell, dict[str, Any]]]:
+    settings: dict[tuple[str, str], int] = {}
+    methods: dict[str, int] = {}
+
+    def place(of: tuple[Cell, dict[str, Any]]) -> tuple[int, int, float]:
+        model, method, _, dataset = of[0].folder.relative_to(of[0].output_dir).parts
+        setting = settings.setdefault((model, dataset), len(settings))
+        return setting, methods.setdefault(method, len(methods)), of[1]["mean_budget_tokens"]
+
+    return sorted(cells, key=place)
 
 
 def _number(value: float | None, digits: int) -> str:

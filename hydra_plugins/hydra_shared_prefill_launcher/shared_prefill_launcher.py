@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
@@ -39,10 +40,19 @@ class SharedPrefillLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config = config
+        if config.plan == "only":  # nothing is written: not Hydra's multirun.yaml either, which goes here and away
+            self._scratch = TemporaryDirectory()
+            config.hydra.sweep.dir = self._scratch.name
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs. A wrong or failed one is told at once and does not stop the others; Hydra then raises it."""
-        from experiments.longbench_qa.in_process import groups
+        """Print the plan, then run the jobs, unless it is `plan=only`.
+
+        A wrong or failed one is told at once and does not stop the others; Hydra then raises it. Jobs that come to the
+        same cell are one.
+        """
+        from experiments.longbench_qa.in_process import groups, sweep_cells
+        from experiments.longbench_qa.plan import print_plan
+        from experiments.longbench_qa.sweep_tracking import group_name, in_group
 
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -51,16 +61,25 @@ class SharedPrefillLauncher(Launcher):
             number: self._compose(overrides, number) for number, overrides in enumerate(job_overrides, initial_job_idx)
         }
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        cells = {number: job.return_value for number, job in jobs.items() if job.status == JobStatus.COMPLETED}
-        for job in jobs.values():
+        cells: dict[int, Cell] = {}
+        name = group_name(self.config.hydra.runtime.choices.get("experiment"), self.config.hydra.overrides.task)
+        for number, job in jobs.items():
             if job.status == JobStatus.FAILED:
                 _tell(job)
+                continue
+            cell, job.return_value = in_group(job.return_value, name), None
+            if not any(cell.method == other.method and cell.shares_prefill_with(other) for other in cells.values()):
+                cells[number] = cell
         together = groups(cells)
-        log.info(f"Running {len(cells)} cells in {len(together)} groups, each from shared prefills")
+        only = self.config.plan == "only"
+        print_plan(together, download=not only)
+        if only:
+            return list(jobs.values())
+        log.info(f"Running {len(cells)} cells in {len(together)} groups, each group from shared prefills")
         for number in cells:
             log.info(f"\t#{number} : {' '.join(filter_overrides(job_overrides[number - initial_job_idx]))}")
+        sweep_cells(cells.values())
         for number, result in self.run_groups(together):
-            jobs[number].return_value = None
             if isinstance(result, Exception):
                 jobs[number].return_value, jobs[number].status = result, JobStatus.FAILED
                 _tell(jobs[number])

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.longbench_qa.data import DEMO, DEMO_SETS, LONGBENCH, LONGBENCH_E, Row, base_name, load_data, load_rows
-from experiments.longbench_qa.demo.files import FILES
+from experiments.longbench_qa.data import BUILT_IN, DEMO, LONGBENCH, LONGBENCH_E, Row, base_name, load_data, load_rows
+from experiments.longbench_qa.demo.files import FILES, LONG_TEXT, SHA256
 from experiments.longbench_qa.sources import Provenance
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -50,7 +50,7 @@ def test_names() -> None:
     assert len(LONGBENCH) == len(set(LONGBENCH)) == 21
     assert len(LONGBENCH_E) == len(set(LONGBENCH_E)) == 13
     assert {base_name(name) for name in LONGBENCH_E} < set(LONGBENCH)
-    assert {base_name(name) for name in DEMO_SETS} == {DEMO}
+    assert {base_name(name) for name in BUILT_IN} == {DEMO}
 
 
 @pytest.mark.parametrize("name", ["hotpot", "narrativeqa_e", "demo_qa_e", "qasper_e_e", ""])
@@ -145,6 +145,27 @@ def test_where_the_demo_comes_from() -> None:
     assert provenance == Provenance("builtin", FILES[DEMO][1])
 
 
+def test_long_texts_are_long_in_any_tokenizer(tmp_path: Path) -> None:
+    rows, provenance = load_data(LONG_TEXT, None, None, str(tmp_path))
+    assert [file.name for file in (tmp_path / "demo_qa").iterdir()] == [f"long_text-{provenance.sha256[:7]}.jsonl"]
+    assert provenance == Provenance("builtin", SHA256[LONG_TEXT])
+    assert len(rows) == len({row.context for row in rows}) == 8
+    for row in rows:
+        assert len(row.context.split()) >= 2**17
+        assert row.answer_span is not None and row.context[slice(*row.answer_span)] == row.answers[0]
+        # A prompt of 300 characters that lost its middle still has it, and the fact answers the question.
+        assert row.answer_span[1] < 150
+        assert f"{row.input.partition('Answer: ')[2]} {row.answers[0]}." in row.context
+        assert row.dataset == LONG_TEXT
+
+
+def test_a_built_in_set_need_not_be_stored(tmp_path: Path) -> None:
+    found = load_data("demo_qa_512", None, 3, str(tmp_path), store=False)
+    assert not list(tmp_path.iterdir())
+    assert found == load_data("demo_qa_512", None, 3, str(tmp_path))
+    assert found == load_data("demo_qa_512", None, 3, str(tmp_path), store=False)
+
+
 def test_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hotpotqa\.jsonl holds no rows"):
         load_rows("hotpotqa", write(tmp_path), None)
@@ -159,7 +180,7 @@ def test_real_rows(longbench: Path) -> None:
         assert {row.dataset for row in rows} == {file.stem}
 
 
-@pytest.mark.parametrize("name", [*LONGBENCH, *LONGBENCH_E, *DEMO_SETS])
+@pytest.mark.parametrize("name", [*LONGBENCH, *LONGBENCH_E, *BUILT_IN])
 def test_config(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         dataset = compose(f"dataset/{name}").dataset
@@ -179,4 +200,4 @@ def test_config_lengths_are_the_authors(longbench: Path) -> None:
 
 
 def test_one_config_a_set() -> None:
-    assert {file.stem for file in (CONF / "dataset").glob("*.yaml")} == {*LONGBENCH, *LONGBENCH_E, *DEMO_SETS}
+    assert {file.stem for file in (CONF / "dataset").glob("*.yaml")} == {*LONGBENCH, *LONGBENCH_E, *BUILT_IN}

@@ -36,7 +36,7 @@ def answer(wrapper: ModelWrapper, prompt: FilledPrompt | str, method, **options)
 def test_cab_and_eager_keep_the_same_keys(wrapper: ModelWrapper, filled: FilledPrompt, name: str):
     method = METHODS[name](48)
     ours, our_keys = answer(wrapper.load(), filled, method)
-    eager, eager_keys = answer(wrapper.load(force_eager_attention=True), filled, method)
+    eager, eager_keys = answer(wrapper.load("eager"), filled, method)
     same = [(a == b).double().mean().item() for a, b in zip(our_keys, eager_keys, strict=True)]
     assert sum(same) / len(same) >= 0.999
     assert ours.text == eager.text

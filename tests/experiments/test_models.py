@@ -31,7 +31,7 @@ def test_a_checkpoint_loads_and_is_described(checkpoint: Path):
     assert description["max_length"] == 512
     assert description["chat_frame"] is None
     assert description["parameters"] > 1000
-    eager = ModelWrapper(config(checkpoint, dtype="float32")).load(force_eager_attention=True).description()
+    eager = ModelWrapper(config(checkpoint, dtype="float32")).load("eager").description()
     assert (eager["dtype"], eager["attention"]) == ("float32", "eager_with_scores")
 
 

@@ -32,7 +32,9 @@ def test_a_sweep_shares_the_model_and_survives_a_failing_cell(tmp_path: Path):
     for cell in cells:
         metrics = json.loads((tmp_path / "out" / cell / "metrics.json").read_text())
         assert (metrics["n"], metrics["status"]) == (2, "complete")
-        assert list((tmp_path / "out" / cell / "wandb").glob("offline-run-*/*.wandb"))
+        [tracked] = (tmp_path / "out" / cell / "wandb").glob("offline-run-*/*.wandb")
+        assert b"budget=32,0,0.25 method=full,snapkv model.max_length=300" in tracked.read_bytes()  # its group
+    assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*/files/media/table/cells_*.table.json"))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"out", "multirun.yaml"}
 
 
@@ -48,7 +50,8 @@ def test_cells_of_a_sweep_share_their_prefills_whatever_runs_them(tmp_path: Path
     for name, done in zip(ways, (process.result() for process in runs), strict=True):
         assert done.returncode == 1
         assert done.stderr.count("failed: budget='bad' is not a budget") == 6
-        tables[name] = [line.split("│")[2:5] for line in done.stdout.splitlines() if line.startswith("│")]
+        summary = done.stdout.partition("LongBench QA")[2]  # without the plan's table
+        tables[name] = [line.split("│")[2:5] for line in summary.splitlines() if line.startswith("│")]
         for path in sorted(tmp_path.glob(f"{name}/out/**/predictions.jsonl")):
             samples = [json.loads(line) for line in path.read_text().splitlines()]
             assert [sample.pop("prefill_shared") for sample in samples] == [name == "shared"] * 2
@@ -69,6 +72,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path):
     assert done.stderr.splitlines()[-1].startswith("error: budget='abc' is not a budget")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_sweep_has_its_group_under_any_launcher_and_a_single_run_has_none(tmp_path: Path):
+    base = ["model=tiny", "max_samples=1", "method=streaming_llm"]
+    run(tmp_path, "-m", *base, "budget=32,64", "hydra/launcher=basic")
+    run(tmp_path, *base, "budget=128")
+    [results] = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
+    cells = {path.parents[3].name: path.read_bytes() for path in tmp_path.rglob("demo_qa/wandb/offline-run-*/*.wandb")}
+    group = b"budget=32,64 method=streaming_llm model.max_length=300 model=tiny"
+    assert [name for name in sorted(cells) if group in cells[name]] == ["b32", "b64"]
+    assert group in results.read_bytes() and sorted(cells) == ["b128", "b32", "b64"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cab_attention import H2O
+from cab_attention import H2O, SnapKV
 from experiments.longbench_qa import summary_table
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.summary_table import print_summary
@@ -17,6 +17,7 @@ METRICS = {
     "n_failed": 0,
     "score": 50.0,
     "standard_error": None,
+    "mean_budget_tokens": 32.0,
     "mean_kept_tokens": 32.0,
     "mean_answer_kept": None,
     "mean_cache_bytes": 2**20,
@@ -54,8 +55,32 @@ def test_rows_are_told_apart_by_what_differs(tmp_path: Path, capsys: pytest.Capt
     found = rows(capsys.readouterr().out)
     assert len(found) == len({tuple(row) for row in found}) == len(AXES)
     assert found[0][:6] == ["tiny,max_length=300", "h2o", "32", "demo_qa", "3", "50.00"]
-    assert found[2][3] == "demo_qa,compress=after_context"
-    assert found[7][1] == "h2o,granularity=layer"
+    assert "demo_qa,compress=after_context" in [row[3] for row in found]
+    assert "h2o,granularity=layer" in [row[1] for row in found]
+
+
+def test_budgets_of_a_method_stand_together_from_small_to_large(tmp_path: Path, capsys: pytest.CaptureFixture):
+    changes = [
+        {"method": method(budget), **axes}
+        for budget in (128, 0.4, 64)
+        for method in (SnapKV, H2O)
+        for axes in ({}, {"compress": "after_context"})
+    ]
+    cells = [demo_cell(tmp_path, **change) for change in changes]
+    budgets = [cell.method.parsed_budget for cell in cells]
+    print_summary(
+        [
+            (cell, METRICS | {"budget": str(budget), "mean_budget_tokens": float(budget.tokens(300))})
+            for cell, budget in zip(cells, budgets, strict=True)
+        ]
+    )
+    found = [tuple(row[1:4]) for row in rows(capsys.readouterr().out)]
+    assert found == [
+        (method, budget, dataset)
+        for dataset in ("demo_qa", "demo_qa,compress=after_context")
+        for method in ("snapkv", "h2o")
+        for budget in ("64", "0.4", "128")
+    ]
 
 
 def test_a_narrow_terminal_breaks_names_and_loses_nothing(
