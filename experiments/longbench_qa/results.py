@@ -2,7 +2,8 @@
 
 python -m experiments.longbench_qa.results FOLDER... [--parquet FILE]    # FOLDER: an output_dir, or any folder of cells
 
-Reading takes no lock and writes nothing, so that it is safe beside a run.
+A file written with --parquet stands for the folders it was made from, wherever a FOLDER is asked for. Reading takes no
+lock and writes nothing, so that it is safe beside a run.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.longbench_qa.parquet_export import EFFECTIVE, read_parquet, write_parquet
 from experiments.longbench_qa.recorded_cells import (
     CELL_COLUMNS,
     COMPLETE,
@@ -50,28 +52,37 @@ class Results:
     samples: pd.DataFrame
 
 
-def load_results(*folders: str | Path) -> Results:
+def load_results(*sources: str | Path) -> Results:
     """Read every cell in these folders, each an output_dir, a part of one, or a cell; a cell given twice is read once.
 
-    What is wrong with a cell is said in its row of `cells`. Raises ValueError only for a folder that holds no cell.
+    A file is read as what `to_parquet` wrote: its cells have the paths and states that they had then.
+
+    What is wrong with a cell is said in its row of `cells`. Raises ValueError for a folder that holds no cell, a file
+    that is no such export, and a file with a cell that another source has too, since the two may differ.
     """
     cells: dict[Path, dict[str, Any]] = {}
-    samples: list[dict[str, Any]] = []
-    for folder in folders:
-        found = list(cell_folders(Path(folder)))
-        if not found:
-            raise ValueError(f"{folder} holds no cells: give the output_dir of a run")
-        for path in found:
-            if path.resolve() not in cells:
-                cells[path.resolve()], of_cell = read_cell(path)
-                samples += of_cell
+    in_files: set[Path] = set()
+    samples: list[pd.DataFrame] = []
+    for source in dict.fromkeys(map(Path, sources)):
+        if source.is_file():
+            found, of_source = read_parquet(source)
+            of_file = {Path(cell["path"]).resolve(): cell for cell in found}
+            _refuse_common(source, of_file.keys() & cells.keys())
+            cells |= of_file
+            in_files |= of_file.keys()
+        else:
+            paths = {path.resolve(): path for path in cell_folders(source)}
+            if not paths:
+                raise ValueError(f"{source} holds no cells: give the output_dir of a run")
+            _refuse_common(source, paths.keys() & in_files)
+            new = {key: read_cell(path) for key, path in paths.items() if key not in cells}
+            cells |= {key: cell for key, (cell, _) in new.items()}
+            of_source = _frame([sample for _, of_cell in new.values() for sample in of_cell], ("path", *SAMPLE_COLUMNS))
+        samples.append(_typed(of_source))
     of_cells = _frame(list(cells.values()), (*CELL_COLUMNS, *NAMES))
     counts = {name: "Int64" for name in ("n", "n_rows", "n_failed")}
     of_cells = of_cells.astype(counts)
-    of_samples = _frame(samples, ("path", *SAMPLE_COLUMNS))
-    effective = [name for name in of_samples.columns if name.startswith("effective.")]
-    of_samples = of_samples.astype(dict.fromkeys(("score", *NUMBERS, *effective), "float64"))
-    of_samples = of_samples.astype(dict.fromkeys(FLAGS, "boolean"))
+    of_samples = pd.concat(samples, ignore_index=True)
     what = of_cells.drop(columns=["reason", *counts]).set_index("path")
     of_samples = pd.concat(
         [what.reindex(of_samples["path"]).reset_index(), of_samples.drop(columns="path")], axis="columns"
@@ -123,15 +134,11 @@ def values_by_id(
 
 
 def to_parquet(results: Results, file: str | Path) -> None:
-    """Write the frame of samples. Raises ValueError if it cannot be written, ImportError without pyarrow."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Parquet needs the package pyarrow: pip install 'cab-attention[parquet]'") from error
-    try:
-        results.samples.to_parquet(file, engine="pyarrow", index=False)
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror or error}") from error
+    """Write one file that `load_results` reads back: a row a sample, and one without id for a cell without samples.
+
+    Raises ValueError if it cannot be written, or pyarrow is not installed.
+    """
+    write_parquet(results.cells, results.samples, Path(file))
 
 
 def print_cells(results: Results) -> None:
@@ -169,29 +176,49 @@ def _values(results: Results, path: str, value: str) -> dict[str, float]:
     return dict(sorted(zip(of_cell["id"], of_cell[value], strict=True)))
 
 
+def _refuse_common(source: Path, common: Collection[Path]) -> None:
+    if common:
+        raise ValueError(f"{source} and another source both hold {min(common)}: give one, they may differ")
+
+
 def _frame(rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> pd.DataFrame:
-    """With the columns `first` first; a column whose values are of several kinds becomes text, as Parquet needs."""
+    """With the columns `first` first; a column whose values are of several kinds becomes text, as Parquet needs.
+
+    What is missing in a column of Python objects, or of nothing at all, is None, whether a row has the key or not.
+    """
     columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
     frame = pd.DataFrame([dict(row) for row in rows], columns=columns)
     for name in columns:
         kind = pd.api.types.infer_dtype(frame[name], skipna=True)
         if kind.startswith("mixed") and name not in LISTS:
             frame[name] = frame[name].map(str, na_action="ignore")
+        if frame[name].dtype == object or frame[name].isna().all():
+            frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
     return frame
+
+
+def _typed(samples: pd.DataFrame) -> pd.DataFrame:
+    """With the same types whatever the values are; text is of Python objects, with None where it is missing."""
+    effective = [name for name in samples.columns if name.startswith(EFFECTIVE)]
+    samples = samples.astype(dict.fromkeys(("score", *NUMBERS, *effective), "float64"))
+    samples = samples.astype(dict.fromkeys(FLAGS, "boolean"))
+    for name in ("id", "error", "prediction"):
+        samples[name] = samples[name].astype(object).where(samples[name].notna(), None)
+    return samples
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--parquet", type=Path, metavar="FILE", help="write the samples there")
+    parser.add_argument("--parquet", type=Path, metavar="FILE", help="write cells and samples there, as one file")
     options = parser.parse_args(arguments)
     try:
         results = load_results(*options.folders)
         print_cells(results)
         if options.parquet is not None:
             to_parquet(results, options.parquet)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 

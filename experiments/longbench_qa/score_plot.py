@@ -4,9 +4,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.longbench_qa.config import Cell
+if TYPE_CHECKING:  # importing it takes seconds, and figures of recorded results need no more than the styles
+    from experiments.longbench_qa.config import Cell
 
 # Told apart by everybody (Okabe and Ito, then Tol), and by the markers alone; lengths without a common factor: 88
 # combinations.
@@ -26,8 +27,26 @@ class Point:
     score: float
     error: float | None
 
+    @property
+    def low(self) -> float:
+        return self.score - (self.error or 0.0)
 
-def plot_scores(cells: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Path]:
+    @property
+    def high(self) -> float:
+        return self.score + (self.error or 0.0)
+
+
+@dataclass(frozen=True)
+class IntervalPoint:
+    """A mean score at a budget in tokens with an interval, which need not lie evenly about it; none: `low` = `high`."""
+
+    budget: float
+    score: float
+    low: float
+    high: float
+
+
+def plot_scores(cells: Sequence[tuple["Cell", dict[str, Any]]]) -> list[Path]:
     """OUTPUT_DIR/MODEL-DATASET.svg for every model and data set with complete cells of two budgets or more."""
     latest = {cell.folder: (cell, metrics) for cell, metrics in cells}.values()
     plots: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
@@ -66,32 +85,49 @@ def _plot(title: str, lines: Mapping[str, Sequence[Point]], full: Point | None, 
     save_svg(figure, path)
 
 
-def draw_scores(axes: Any, lines: Mapping[str, Sequence[Point]], full: Point | None) -> None:
-    """Draw {method: points} with bars of one standard error; the full cache as a dashed line with a band of the same.
+def draw_scores(
+    axes: Any, lines: Mapping[str, Sequence[Point | IntervalPoint]], full: Point | IntervalPoint | None
+) -> None:
+    """Draw {method: points} with bars from `low` to `high`; the full cache as a dashed line with a band of the same.
 
-    A method's colour and marker follow from its place in `lines`.
+    A method's colour and marker follow from its place in `lines`; one without points only takes its place.
     """
     if full is not None:
         axes.axhline(full.score, color=FULL_COLOR, linestyle="--", linewidth=1, label="full cache")
-        if full.error:
-            axes.axhspan(full.score - full.error, full.score + full.error, color=FULL_COLOR, alpha=0.12, linewidth=0)
-    for index, (method, points) in enumerate(lines.items()):
+        if full.low < full.high:
+            axes.axhspan(full.low, full.high, color=FULL_COLOR, alpha=0.12, linewidth=0)
+    for place, (method, points) in enumerate(lines.items()):
+        if not points:
+            continue
         ordered = sorted(points, key=lambda point: point.budget)
         axes.errorbar(
             [point.budget for point in ordered],
             [point.score for point in ordered],
-            yerr=[point.error or 0.0 for point in ordered],
+            yerr=bars([point.score for point in ordered], [(point.low, point.high) for point in ordered]),
             label=method,
-            color=COLORS[index % len(COLORS)],
-            marker=MARKERS[index % len(MARKERS)],
             markersize=5,
             linewidth=1.2,
+            **style(place),
         )
     budgets = {point.budget for points in lines.values() for point in points}
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(sorted(budgets), _labels(budgets))
     axes.grid(alpha=0.3)
+
+
+def style(place: int) -> dict[str, str]:
+    """Colour and marker of the method at this place in an order of methods."""
+    return {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def bars(means: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """What matplotlib takes as `yerr`: lengths below and above the means.
+
+    None is negative: where all values are equal, their mean and their resamples' means differ by rounding.
+    """
+    pairs = list(zip(means, intervals, strict=True))
+    return [[max(0.0, mean - low) for mean, (low, _) in pairs], [max(0.0, high - mean) for mean, (_, high) in pairs]]
 
 
 def _labels(budgets: Collection[float]) -> list[str]:

@@ -1,0 +1,145 @@
+"""The tables behind the figures: a row a method and budget, over cells that may stand beside each other.
+
+Only complete cells are taken. What was left out is returned beside each table, as rows of `Results.cells`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.longbench_qa.dataset_average import average_interval
+from experiments.longbench_qa.recorded_cells import CELL_COLUMNS, COMPLETE, NAMES, SAMPLE_COLUMNS
+from experiments.longbench_qa.results import Results
+from experiments.longbench_qa.significance import Mean
+
+FULL = "full"
+MEANS = ("budget_tokens", "cache_bytes", "answer_kept")
+COLUMNS = ("method", "budget", "budget_kind", "n", "mean", "low", "high", *MEANS)
+
+
+def select(results: Results, **where: Any) -> Results:
+    """The cells whose columns have these values (or one of a list of values; None: missing), with their samples.
+
+    A cell that could not be read belongs to every selection, since what it is is not known.
+
+    Raises ValueError for a column that `results.cells` does not have.
+    """
+    unknown = sorted(set(where) - set(results.cells.columns))
+    if unknown:
+        raise ValueError(f"no column {unknown[0]}, allowed is one of {', '.join(results.cells.columns)}")
+    chosen = pd.Series(True, index=results.cells.index)
+    for column, value in where.items():
+        values = value if isinstance(value, list | tuple | set) else [value]
+        found = results.cells[column]
+        chosen &= found.isin([one for one in values if one is not None]) | (found.isna() & (None in values))
+    cells = results.cells[chosen | results.cells["model"].isna()]
+    return Results(cells, results.samples[results.samples["path"].isin(cells["path"])])
+
+
+def methods_of(results: Results) -> list[str]:
+    """Methods with their options, the full cache first, then by name: their order in every figure."""
+    return sorted(set(results.cells["method"].dropna()), key=lambda method: (method != FULL, method))
+
+
+def protocols(results: Results) -> list[dict[str, Any]]:
+    """What the complete cells' protocols are, as `where` of each; only the keys that differ. Without any: [{}]."""
+    cells = results.cells[results.cells["status"] == COMPLETE]
+    varied = [column for column in protocol_columns(cells) if cells[column].nunique(dropna=False) > 1]
+    if not varied:
+        return [{}]
+    rows = cells[varied].astype(object).where(cells[varied].notna(), None).drop_duplicates()
+    return [{str(column): value for column, value in row.items()} for row in rows.to_dict("records")]
+
+
+def scores_by_budget(results: Results, dataset: str | None = None, **where: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Each method's mean score at each budget, with its 95 % interval, over complete cells.
+
+    Args:
+        dataset: its score. None averages over the data sets as LongBench does: the plain mean of their scores, for a
+            method and budget with all of the data sets that there are complete.
+        where: which cells, as in `select`.
+
+    Returns:
+        The table `COLUMNS`, by method and ascending budget; `budget_tokens` is the budget per layer and KV head (the
+        mean over samples, where it is a fraction), `cache_bytes` and `answer_kept` are means as the score's. And the
+        rows of `cells` that are not in it, with the reason.
+
+    Raises ValueError if the cells differ in their model, protocol or data, or one is there twice.
+    """
+    chosen = select(results, **where)
+    if dataset is not None:
+        chosen = select(chosen, dataset=dataset)
+    cells = chosen.cells
+    complete = cells[cells["status"] == COMPLETE]
+    _require_comparable(complete)
+    datasets = sorted(set(cells["dataset"].dropna()))
+    samples = {str(path): of_cell.set_index("id") for path, of_cell in chosen.samples.groupby("path", sort=False)}
+    odd = _with_other_samples(complete, samples)
+    rows, left_out = [], [cells[cells["status"] != COMPLETE], odd]
+    complete = complete.drop(odd.index)
+    for (method, budget), group in complete.groupby(["method", "budget"], sort=False):
+        missing = [name for name in datasets if name not in set(group["dataset"])]
+        if missing:
+            left_out.append(group.assign(reason=f"not averaged: no complete {', '.join(missing)} at this budget"))
+            continue
+        of_cells = [samples[path] for path in group["path"]]
+        scores = (tuple(of_cell["score"].items()) for of_cell in of_cells)
+        score = _average(tuple(zip(group["dataset"], scores, strict=True)))
+        kind = group["budget_kind"].iloc[0]
+        means = {name: float(np.mean([of_cell[name].mean() for of_cell in of_cells])) for name in MEANS}
+        if kind == "tokens":
+            means["budget_tokens"] = float(budget)
+        values = (method, budget, kind, score.n, score.mean, score.low, score.high, *means.values())
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    order = methods_of(results)
+    rows.sort(key=lambda row: (order.index(row["method"]), row["budget_tokens"]))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    numbers = dict.fromkeys(("mean", "low", "high", *MEANS), "float64")
+    return table.astype(numbers), pd.concat(left_out).sort_index()
+
+
+@lru_cache(maxsize=2048)  # several figures show the same cells, and the resampling is most of their time
+def _average(scores: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]) -> Mean:
+    return average_interval({dataset: dict(of_dataset) for dataset, of_dataset in scores})
+
+
+def protocol_columns(frame: pd.DataFrame) -> list[str]:
+    """The model, and config.json's own keys: those of method and data set have a dot, hashes differ by data set."""
+    known = {*CELL_COLUMNS, *NAMES, *SAMPLE_COLUMNS}
+    own = [name for name in frame.columns if name not in known and "." not in name and not name.endswith("_sha256")]
+    return ["model", *own]
+
+
+def _require_comparable(complete: pd.DataFrame) -> None:
+    """One model and protocol, one version of each data set and prompt, each cell once."""
+    for column in protocol_columns(complete):
+        _require_one(complete, column, "the cells")
+    of_dataset = [name for name in complete.columns if name.startswith("dataset.") or name.endswith("_sha256")]
+    for dataset, cells in complete.groupby("dataset"):
+        for column in of_dataset:
+            _require_one(cells, column, f"the cells of {dataset}")
+    for names, cells in complete.groupby(["method", "budget", "dataset"]):
+        if len(cells) > 1:
+            raise ValueError(f"{' and '.join(cells['path'])} are both {', '.join(names)}: load one of them")
+
+
+def _require_one(cells: pd.DataFrame, column: str, which: str) -> None:
+    values = list(dict.fromkeys(cells[column].astype(object).where(cells[column].notna(), None)))
+    if len(values) > 1:
+        raise ValueError(f"{which} differ in {column} ({', '.join(map(str, values))}): choose with {column}=VALUE")
+
+
+def _with_other_samples(complete: pd.DataFrame, samples: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The cells whose samples are not those of most cells of their data set (of equally many: the larger set)."""
+    ids = {path: frozenset(samples[path].index) if path in samples else frozenset() for path in complete["path"]}
+    odd = []
+    for _, cells in complete.groupby("dataset"):
+        counts = Counter(ids[path] for path in cells["path"])
+        most = max(counts, key=lambda one: (bool(one), counts[one], len(one), sorted(one)))
+        other = cells[[ids[path] != most or not most for path in cells["path"]]]
+        odd.append(other.assign(reason=f"other samples than the {len(most)} of most cells of its data set"))
+    return pd.concat(odd) if odd else complete
