@@ -1,0 +1,106 @@
+"""The page's figures: for each setting those of the study, or why there is none."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from experiments.longbench_qa.comparable import ComparableCell, budget_order
+from experiments.longbench_qa.comparison import Comparison
+from experiments.longbench_qa.figures import (
+    answer_kept_against_score,
+    cost_against_length,
+    quality_against_cache,
+    score_against_budget,
+    score_by_answer_kept,
+)
+from experiments.longbench_qa.recorded_cells import COMPLETE
+from experiments.longbench_qa.report.inline_svg import inline_svg
+from experiments.longbench_qa.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COSTS = {
+    "prefill_ms": "time of the prefill",
+    "decode_ms_per_token": "time of a decode step",
+    "total_peak_bytes": "peak memory",
+}
+MOST_LINES = 16  # of a figure of costs that can be told apart
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with its heading; without one (""), `reason` says why."""
+
+    title: str
+    svg: str
+    reason: str = ""
+
+
+@dataclass
+class SettingFigures:
+    """The figures of one setting, by section of the page."""
+
+    setting: str
+    scores: list[Drawn] = field(default_factory=list)
+    quality: list[Drawn] = field(default_factory=list)
+    costs: list[Drawn] = field(default_factory=list)
+    answer_kept: list[Drawn] = field(default_factory=list)
+
+
+def figures_of_settings(results: Results, comparison: Comparison) -> list[SettingFigures]:
+    """The figures of each setting. Complete cells that may not be compared are in none."""
+    left_out = {cell.path for cell in comparison.left_out if cell.status == COMPLETE}
+    cells = [cell for cell in comparison.cells if cell.path not in left_out]
+    found = []
+    for place, setting in enumerate(dict.fromkeys(cell.setting for cell in cells)):
+        found.append(_figures(results, f"f{place}", setting, [cell for cell in cells if cell.setting == setting]))
+    return found
+
+
+def _figures(results: Results, prefix: str, setting: str, cells: Sequence[ComparableCell]) -> SettingFigures:
+    figures = SettingFigures(setting)
+    names = (f"{prefix}-{number}" for number in range(10**6))
+    columns = list(dict.fromkeys(cell.column for cell in cells if not cell.is_full)) or [cells[0].column]
+    groups = {column: [cell.path for cell in cells if cell.column == column] for column in columns}
+    if len(columns) > 1:
+        groups = {"average of the data sets": [path for paths in groups.values() for path in paths]} | groups
+    for title, paths in groups.items():
+        alt = f"Score from 0 to 100 with 95 % intervals against the budget, a line a method: {title}; {setting}."
+        figures.scores.append(_draw(names, title, alt, partial(score_against_budget, results, path=paths)))
+        alt = f"Score with 95 % intervals against the cache in MiB, and the Pareto front: {title}; {setting}."
+        figures.quality.append(_draw(names, title, alt, partial(quality_against_cache, results, path=paths)))
+    own = [path for column in columns for path in groups[column]]
+    alt = f"Mean score of each cell against the share of the answer's tokens that survived; {setting}."
+    figures.answer_kept.append(_draw(names, "Cells", alt, partial(answer_kept_against_score, results, path=own)))
+    alt = f"Mean score of samples grouped by the share of the answer that survived, a line a method; {setting}."
+    figures.answer_kept.append(
+        _draw(names, "Samples, by share kept", alt, partial(score_by_answer_kept, results, path=own))
+    )
+    measured, at = _few_lines([cell for cell in cells if cell.path in own])
+    for value, name in COSTS.items():
+        title, alt = name + at, f"{name} against the tokens of the prompt{at}; {setting}."
+        drawn = _draw(names, title, alt, partial(cost_against_length, results, value, path=measured))
+        figures.costs += [drawn] if drawn.svg else []
+    return figures
+
+
+def _few_lines(cells: Sequence[ComparableCell]) -> tuple[list[str], str]:
+    """Paths of cells that give as many lines as can be told apart, and in words what was chosen: one budget, or all."""
+    if len({(cell.method, cell.budget) for cell in cells}) <= MOST_LINES:
+        return [cell.path for cell in cells], ""
+    budgets = sorted({cell.budget for cell in cells if not cell.is_full}, key=budget_order)
+    middle = budgets[len(budgets) // 2]
+    return [cell.path for cell in cells if cell.is_full or cell.budget == middle], f", budget {middle}"
+
+
+def _draw(names: Iterator[str], title: str, alt: str, make: "Callable[[], Figure | None]") -> Drawn:
+    try:
+        figure = make()
+    except ValueError as error:
+        return Drawn(title, "", str(error))
+    if figure is None:
+        return Drawn(title, "", "nothing was measured")
+    figure.axes[0].set_title("")  # the page has its own heading, with the setting above
+    return Drawn(title, inline_svg(figure, next(names), alt))

@@ -1,0 +1,65 @@
+"""What the results were made with, as the cells' metrics.json say."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.longbench_qa.recorded_cells import HAS_SAMPLES
+from experiments.longbench_qa.results import Results
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """Each thing once, in words, with the number of cells made with it."""
+
+    models: Mapping[str, int]
+    data: Mapping[str, int]
+    environments: Mapping[str, int]
+
+
+def metrics_of_cells(results: Results) -> dict[str, dict[str, Any]]:
+    """{path: metrics.json} of the cells that have one that can be read."""
+    readable = results.cells[results.cells["status"].isin(HAS_SAMPLES)]
+    files = {path: Path(path) / "metrics.json" for path in readable["path"]}
+    return {path: json.loads(file.read_text(encoding="utf-8")) for path, file in files.items() if file.is_file()}
+
+
+def made_with(metrics: Iterable[Mapping[str, Any]]) -> MadeWith:
+    """Of these metrics.json, most frequent first."""
+    models, data, environments = Counter[str](), Counter[str](), Counter[str]()
+    for of_cell in metrics:
+        models.update(map(_model, _objects([of_cell.get("model")])))
+        dataset = of_cell.get("config", {}).get("dataset", {}).get("name", "?")
+        rows, prompt = (_objects([of_cell.get(key)]) for key in ("data", "prompt"))
+        data.update(
+            f"{dataset}: {_source(one)}; prompt: {_source(two)}" for one, two in zip(rows, prompt, strict=False)
+        )
+        environments.update(map(_environment, _objects(of_cell.get("environments") or [])))
+    return MadeWith(*(dict(counted.most_common()) for counted in (models, data, environments)))
+
+
+def _objects(values: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """Those that were recorded: a cell without a sample yet may lack them."""
+    return [value for value in values if isinstance(value, dict)]
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    named = [str(model.get("name"))]
+    named += [str(model[key]) for key in ("path", "revision") if model.get(key)]
+    parameters = model.get("parameters")
+    named += [f"{parameters:,} parameters"] if isinstance(parameters, int) else []
+    return ", ".join([*named, f"{model.get('dtype')} on {model.get('device')}"])
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    return f"{source.get('source')}, sha256 {str(source.get('sha256'))[:12]}"
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    packages = environment.get("packages")
+    versions = [f"{name} {version}" for name, version in (packages or {}).items() if version]
+    gpu = environment.get("gpu") or "no GPU"
+    return ", ".join([f"commit {environment.get('commit')}", f"Python {environment.get('python')}", *versions, gpu])
