@@ -111,6 +111,65 @@ def test_a_signal_closes_every_cell_of_a_group(tmp_path: Path, undisturbed: list
     assert results(tmp_path) == undisturbed
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_groups_says_how_to_go_on(tmp_path: Path, number: int):
+    """Between cells nothing is open; the groups before are complete, those after untouched."""
+    pause = (
+        "import pathlib, time, experiments.longbench_qa.in_process as in_process\n"
+        "run_together = in_process.run_together\n"
+        "def pausing(cells):\n"
+        "    if 'after_context' in [cell.compress for cell in cells.values()]:\n"
+        "        pathlib.Path('between').touch()\n"
+        "        time.sleep(60)\n"
+        "    return run_together(cells)\n"
+        "in_process.run_together = pausing"
+    )
+    sweep = ("hydra.mode=MULTIRUN", "budget=48,64", "compress=after_prompt,after_context", "max_samples=2")
+    process = start(tmp_path, *sweep, before=f"sys.path.insert(0, {str(RUNNER.parents[2])!r})\n{pause}")
+    wait_for((tmp_path / "between").exists, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == "interrupted: the same command goes on from what is recorded"
+    assert "Traceback" not in errors
+    done = [json.loads(path.read_text())["status"] for path in tmp_path.rglob("metrics.json")]
+    assert done == ["complete", "complete"]
+    assert not list(tmp_path.rglob("*after_context*"))
+    assert start(tmp_path, *sweep).wait(timeout=240) == 0
+    assert len(list(tmp_path.rglob("metrics.json"))) == 4
+
+
+def test_handlers_of_a_job_runner_have_the_last_word_after_the_records_are_closed(tmp_path: Path):
+    """As submitit sets them in a Slurm job: SIGCONT and SIGTERM pass, SIGUSR2 starts the job again."""
+    handlers = (
+        "import signal\n"
+        "def requeue(*_):\n"
+        "    print('requeued', file=sys.stderr, flush=True)\n"
+        "    sys.exit(77)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('bypassed', file=sys.stderr, flush=True))\n"
+        "signal.signal(signal.SIGCONT, lambda *_: None)\n"
+        "signal.signal(signal.SIGUSR2, requeue)"
+    )
+    process = start(tmp_path, "max_samples=60", before=handlers)
+    wait_for(lambda: len(lines(tmp_path)) >= 1, process)
+    process.send_signal(signal.SIGCONT)
+    had = len(lines(tmp_path))
+    wait_for(lambda: len(lines(tmp_path)) > had, process)
+    process.send_signal(signal.SIGTERM)
+    metrics = tmp_path / CELL / "metrics.json"
+    assert process.poll() is None
+    wait_for(lambda: json.loads(metrics.read_text())["n"] > 0, process)
+    had = lines(tmp_path)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 77
+    assert [line.split(":")[0] for line in errors.splitlines()[-3:]] == ["interrupted", "bypassed", "requeued"]
+    assert lines(tmp_path) == had
+    assert json.loads(metrics.read_text())["n"] == len(had) < 60
+
+
 def test_a_signal_is_heard_while_a_computation_holds_the_main_thread(tmp_path: Path):
     """A C call that lets go of the interpreter lock but does not return, as a wait for a GPU is."""
     hang = (
