@@ -1,14 +1,15 @@
 """What one shared prefill costs beside the separate ones that it stands for: 6 methods at 4 budgets on one prompt.
 
-    python scripts/benchmark_shared_prefill.py                              # an NVIDIA GPU, about ten minutes at 16k
+    python scripts/benchmark_shared_prefill.py                              # an NVIDIA GPU, minutes at 16k
     python scripts/benchmark_shared_prefill.py --shape tiny --tokens 512 --output cpu.csv
 
 A model of the named shape with random weights, a prompt of random tokens, attention `cab`; budgets of 1/64 to 1/8 of
-the prompt. Every figure is the median of five synchronised runs after a warm-up. Rows of the CSV, by `part`:
+the prompt. Every figure is the median of five synchronised runs (decode: two) after a warm-up. Rows of the CSV, by
+`part`:
     prefill    the full cache, nothing cut: `no_scores`, and `all_scores` (H2O's, whose budget is the whole prompt)
     shared     one prefill that fills and cuts the caches of all methods and budgets; `peak_mib` is over the weights
     separate   a prefill for each method and budget, its cut included; `all` is their sum
-    decode     32 tokens from each cut; `all` is their sum
+    decode     16 tokens from each cut; `all` is their sum
 `in_prefills` is the time in prefills with all scores, `in_plain_prefills` in those without scores.
 """
 
@@ -37,8 +38,8 @@ TIMES = ("ms", "ms_p20", "ms_p80", "in_prefills", "in_plain_prefills", "peak_mib
 COLUMNS = ("part", "method", "budget", "shape", "dtype", "device", "tokens", "repeats", *TIMES, *STAMP)
 METHODS = (StreamingLLM, H2O, SnapKV, TOVA, KeyDiff, CAB)
 SHARES = (64, 32, 16, 8)  # of the prompt: budgets of 256, 512, 1024 and 2048 tokens at 16384
-NEW_TOKENS = 32
-REPEATS = 5
+NEW_TOKENS = 16
+REPEATS, DECODE_REPEATS = 5, 2
 CLAIM = 1.5  # prefills with all scores that the shared one with its cuts may take
 Row = dict[str, Any]
 Run = tuple[float, int | None]
@@ -80,11 +81,11 @@ class Measurement:
         return run
 
 
-def repeated(call: Callable[[], Any]) -> list[Any]:
-    """The results of five calls after one that does not count."""
+def repeated(call: Callable[[], Any], times: int) -> list[Any]:
+    """The results of so many calls after one that does not count."""
     free()
     call()
-    return [call() for _ in range(REPEATS)]
+    return [call() for _ in range(times)]
 
 
 def row(part: str, method: str, budget: int | str, runs: Sequence[Run]) -> Row:
@@ -109,7 +110,7 @@ def summed(part: str, rows: Sequence[Row]) -> Row:
         part=part,
         method="all",
         budget="all",
-        repeats=REPEATS,
+        repeats=rows[0]["repeats"],
         ms=sum(found["ms"] for found in rows),
         peak_mib=max(peaks, default=None),
     )
@@ -122,15 +123,18 @@ def measure(model: PreTrainedModel, n_tokens: int) -> list[Row]:
     methods = [method(n_tokens // share) for method in METHODS for share in SHARES]  # type: ignore[abstract]
     names = [(method.name, method.parsed_budget.tokens(n_tokens)) for method in methods]
     rows = [
-        row("prefill", "no_scores", "full", repeated(lambda: measurement.alone(Full()))),
-        row("prefill", "all_scores", "full", repeated(lambda: measurement.alone(H2O(n_tokens)))),
+        row("prefill", "no_scores", "full", repeated(lambda: measurement.alone(Full()), REPEATS)),
+        row("prefill", "all_scores", "full", repeated(lambda: measurement.alone(H2O(n_tokens)), REPEATS)),
     ]
-    rows.append(row("shared", "all", "all", [run for run, _ in repeated(lambda: measurement.together(methods))]))
+    rows.append(
+        row("shared", "all", "all", [run for run, _ in repeated(lambda: measurement.together(methods), REPEATS)])
+    )
     separate = [
-        row("separate", *name, repeated(lambda method=method: measurement.alone(method)))
+        row("separate", *name, repeated(lambda method=method: measurement.alone(method), REPEATS))
         for name, method in zip(names, methods, strict=True)
     ]
-    answers = zip(*(runs for _, runs in repeated(lambda: measurement.together(methods, decode=True))), strict=True)
+    decoded = repeated(lambda: measurement.together(methods, decode=True), DECODE_REPEATS)
+    answers = zip(*(runs for _, runs in decoded), strict=True)
     # The other caches are there as well: a peak would be nobody's.
     decode = [row("decode", *name, [(ms, None) for ms, _ in runs]) for name, runs in zip(names, answers, strict=True)]
     rows += [*separate, summed("separate", separate), *decode, summed("decode", decode)]

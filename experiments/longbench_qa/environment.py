@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _commit() -> str | None:
-    """Commit hash, with `-dirty` when tracked files differ from it; None outside a git checkout."""
+    """Commit hash, with `-dirty` when tracked files differ from it; None outside a git checkout.
+
+    As it was at the first call: what this process goes on running is what it had loaded by then.
+    """
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

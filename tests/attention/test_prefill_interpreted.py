@@ -54,8 +54,7 @@ def check(name: str, n_q: int, dtype: torch.dtype, step: int):
     torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("n_q", [1, 23, N_K, 57])
+@pytest.mark.parametrize(("n_q", "dtype"), [*((n, torch.float32) for n in (1, 23, N_K, 57)), (23, torch.float16)])
 @pytest.mark.parametrize("name", NAMES)
 def test_against_the_definition(name: str, n_q: int, dtype: torch.dtype):
     check(name, n_q, dtype, 1)
@@ -67,7 +66,7 @@ def test_steps(name: str, n_q: int, step: int):
     check(name, n_q, torch.float32, step)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(30))
 def test_only_the_rows_that_count_are_read(seed: int, monkeypatch: pytest.MonkeyPatch):
     """The second pass alone, in tiles so small that there are many; all other rows hold NaN."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -73,15 +73,15 @@ def test_a_line_cut_short_is_done_again(demo_cell: Cell, model: ModelWrapper):
 def test_a_failed_sample_is_recorded_and_not_scored(
     demo_cell: Cell, model: ModelWrapper, monkeypatch: pytest.MonkeyPatch
 ):
-    generate = ModelWrapper.generate
+    generate = ModelWrapper._generate
 
-    def fail_once(self, *args, sample_id: str, **kwargs):
-        if sample_id == lines_before[1]:
+    def fail_once(self, prompt, method, options):
+        if options["sample_id"] == lines_before[1]:
             raise RuntimeError("no memory left")
-        return generate(self, *args, sample_id=sample_id, **kwargs)
+        return generate(self, prompt, method, options)
 
     lines_before = [row.id for row in cell_module.load_data("demo_qa", None, 3)[0]]
-    monkeypatch.setattr(ModelWrapper, "generate", fail_once)
+    monkeypatch.setattr(ModelWrapper, "_generate", fail_once)
     metrics = run_cell(demo_cell, model)
     samples = recorded(demo_cell)
     assert [sample["error"] for sample in samples] == [None, "RuntimeError: no memory left", None]

@@ -17,7 +17,7 @@ from experiments.longbench_qa.models import DEMO_MODEL
 from experiments.longbench_qa.prompts import fill_template, load_template
 from experiments.longbench_qa.schema import ModelConfig
 
-ROWS = load_rows("demo_qa", None, 18)
+ROWS = load_rows("demo_qa", None, 12)
 METHODS = {"full": Full(), "streaming_llm": StreamingLLM(128), "h2o": H2O(128), "cab": CAB(128), "snapkv": SnapKV(128)}
 
 
@@ -35,7 +35,7 @@ def answers(demo: ModelWrapper, row: Row, methods: Sequence[Method]) -> list[Gen
 
 
 def test_methods_stand_where_they_should(demo: ModelWrapper):
-    assert [row.id.split("-")[0] for row in ROWS] == [*EVALUATED] * 3
+    assert [row.id.split("-")[0] for row in ROWS] == [*EVALUATED] * 2
     scores = dict.fromkeys(METHODS, 0.0)
     for row in ROWS:
         made = dict(zip(METHODS, answers(demo, row, list(METHODS.values())), strict=True))

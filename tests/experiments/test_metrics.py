@@ -180,7 +180,13 @@ def test_import_is_light_and_jieba_quiet() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", LONGBENCH)
+# ROUGE of long summaries takes seconds; qmsum, samsum and dureader have the same metrics.
+LONG = ("gov_report", "multi_news", "vcsum")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in LONGBENCH]
+)
 def test_score_of_a_real_model(longbench: Path, name: str) -> None:
     folder = longbench / "predictions" / "llama2-7b-chat-4k"
     expected = json.loads((folder / "expected.json").read_text())
