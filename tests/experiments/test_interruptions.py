@@ -174,14 +174,14 @@ def test_a_signal_is_heard_while_a_computation_holds_the_main_thread(tmp_path: P
     """A C call that lets go of the interpreter lock but does not return, as a wait for a GPU is."""
     hang = (
         "import hashlib, experiments.longbench_qa.cell as cell\n"
-        "generate = cell.ModelWrapper.generate\n"
+        "generate = cell.ModelWrapper._generate\n"
         "calls = []\n"
         "def hanging(*args, **kwargs):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3:\n"
         "        hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)\n"
         "    return generate(*args, **kwargs)\n"
-        "cell.ModelWrapper.generate = hanging"
+        "cell.ModelWrapper._generate = hanging"
     )
     root = RUNNER.parents[2]
     process = start(tmp_path, before=f"sys.path.insert(0, {str(root)!r})\n{hang}")
