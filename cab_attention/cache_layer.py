@@ -38,13 +38,14 @@ class EvictingLayer(CacheLayerMixin):
             the front. Of a tensor-parallel model a rank's layer has that rank's heads.
         scores: float32 [B, G, kept], what the method observed so far; None if it observes no weights.
         seen: tokens that went through, kept or not.
+        computed_once: see `CachedKeys`; only while a `SharedPrefill` cuts.
     """
 
     is_compileable = False
     is_croppable = False
     supports_early_init = False
     _store: KeyStore
-    _n_real: Tensor  # [B], real tokens seen
+    _padding: Tensor | None  # int64 [B], tokens seen that are padding; None while there are none
 
     def __init__(
         self,
@@ -72,7 +73,9 @@ class EvictingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything: the next forward begins a new sequence."""
-        self._store = self._n_real = None  # type: ignore[assignment]
+        self._store = None  # type: ignore[assignment]
+        self._padding = None
+        self.computed_once: dict[str, Any] | None = None
         self.is_initialized = False
         self.seen = 0
         self._awaits_attention = False
@@ -100,7 +103,6 @@ class EvictingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self._store = KeyStore(key_states, value_states)
-        self._n_real = torch.zeros(len(key_states), dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,8 @@ class EvictingLayer(CacheLayerMixin):
         cuts = method.evicts and (cut_prompt or (due and method.evicts_in_decode))
         output = self._observation.attend(attend_to, query, before=before, compress_at=compress_at, cuts=cuts)
         if self._rotary is not None and method.observes == "queries" and self.seen <= compress_at:
-            place = torch.arange(before, self.seen, device=query.device) - (self.seen - self._n_real)[:, None]
+            place = torch.arange(before, self.seen, device=query.device)[None]
+            place = place if self._padding is None else place - self._padding[:, None]
             self._observation.take_moments(self._rotary, query, place, real)
         if cuts:
             self._cut(range(compress_at, compress_at if cut_prompt else prompt_tokens), options.get("scale"))
@@ -194,6 +197,10 @@ class EvictingLayer(CacheLayerMixin):
         if method.budgets_vary_by_head and self._store.has_gaps and self.sliding_window is None:
             self._store.pack()
         return output
+
+    def request(self) -> tuple[int | None, int]:
+        """The operator's (score_queries, score_step) in a forward of all that is compressed."""
+        return self._observation.request()
 
     def _keys_as_seen(self) -> Tensor:
         """The keys at the positions where attention sees them."""
@@ -208,14 +215,14 @@ class EvictingLayer(CacheLayerMixin):
 
     def _take_padding(self, is_real: Tensor | None, n_new: int) -> None:
         if is_real is None:
-            self._n_real = self._n_real + n_new
             return
+        padding, before = 0 if self._padding is None else self._padding, self.seen - n_new
         if n_new > 1 and self.layer_index == 0:  # reading it waits for the GPU: once a prefill
-            goes_back = (is_real[:, 1:] < is_real[:, :-1]).any() | ((self._n_real > 0) & ~is_real[:, 0]).any()
+            goes_back = (is_real[:, 1:] < is_real[:, :-1]).any() | (~is_real[:, 0] & (padding < before)).any()
             if bool(goes_back):
                 raise ValueError("EvictingCache takes left padding only: a row has padding after a token")
         self._store.empty_padding(is_real)
-        self._n_real = self._n_real + is_real.sum(-1)
+        self._padding = padding + (~is_real).sum(-1)
 
     def _drop_out_of_window(self, reach: int) -> None:
         """Let go of keys before the last `reach` positions."""
@@ -237,9 +244,10 @@ class EvictingLayer(CacheLayerMixin):
         contests = [layer._contest(after_cut, scale) for layer in layers]
         present = [contest for contest in contests if contest is not None]
         if present:  # layers that choose together hold alike: all of them, or none
-            slots = slots_to_keep(self.method, [contest.cached for contest in present], present[-1].width)
+            last, fills = present[-1], all(contest.fills for contest in present)
+            slots = slots_to_keep(self.method, [contest.cached for contest in present], last.width, fills)
             for layer, contest in zip(layers, present, strict=True):
-                layer._keep(slots.to(layer.device).expand(-1, layer.positions.shape[1], -1), contest)
+                layer._keep(slots.to(layer.device).expand(-1, layer.positions.shape[1], -1), contest, fills)
         if not self.method.evicts_in_decode and self.seen >= self.prompt.fix(self.seen)[1]:
             for layer in layers:
                 layer._observation.forget()
@@ -251,8 +259,15 @@ class EvictingLayer(CacheLayerMixin):
             self._drop_out_of_window(window - 1)
             after_cut = range(max(after_cut.start, self.seen - (window - 1)), after_cut.stop)
         if self._budget is None or not self._budget.is_final:  # a fraction may be of more than was seen so far
-            n_to_come = max(0, self.prompt.fix(self.seen)[1] - self.seen)
-            self._budget = RowBudgets.resolve(self.method.parsed_budget, self._n_real, n_to_come)
+            end = self.prompt.fix(self.seen)[1]
+            self._budget = RowBudgets.resolve(
+                self.method.parsed_budget,
+                len(self.positions),
+                self.device,
+                max(end, self.seen),
+                self._padding,
+                is_final=end <= self.seen,
+            )
         n_pinned, budget, width = len(after_cut), self._budget.tokens, self._budget.most
         if window is not None:
             budget, width = budget.clamp(max=window - 1 - n_pinned), min(width, window - 1 - n_pinned)
@@ -276,23 +291,31 @@ class EvictingLayer(CacheLayerMixin):
             peers=self.peers,
             sample_ids=self.prompt.ids(len(positions)),
             ranks=self._ranks,
+            computed_once=self.computed_once,
         )
-        return _Contest(cached, width, pinned, competing)
+        fills = self._padding is None and not (self._store.has_empty_slots or self.method.budgets_vary_by_head)
+        return _Contest(cached, width, fills, pinned, competing)
 
     def _queries_to_come(self, scale: float | None, n: int) -> tuple[Tensor, Tensor]:
         assert self._rotary is not None
         moments, dim = self._observation.moments(), self._store.keys.shape[3]
-        mean, covariance = self._rotary.rotate_moments(moments.mean, moments.covariance, self._n_real, n)
+        n_real = torch.full((len(self.positions),), self.seen, device=self.device)
+        n_real = n_real if self._padding is None else n_real - self._padding
+        mean, covariance = self._rotary.rotate_moments(moments.mean, moments.covariance, n_real, n)
         factor = 1.0 if scale is None else scale * dim**0.5
         return mean * factor, covariance * factor**2
 
-    def _keep(self, slots: Tensor, contest: "_Contest") -> None:
-        """Keep the slots [B, G, W] of those that competed (-1: none), and the pinned."""
+    def _keep(self, slots: Tensor, contest: "_Contest", fills: bool) -> None:
+        """Keep the slots [B, G, W] of those that competed (-1: none, unless it `fills`), and the pinned."""
         if contest.pinned is not None and contest.competing is not None:
             slots = torch.where(slots < 0, -1, contest.competing.gather(2, slots.clamp(min=0)))
             slots = torch.cat([slots, contest.pinned], dim=2).sort(dim=-1).values
-        self._store.keep(slots)
-        self._observation.select_slots(lambda scores: scores.gather(2, slots.clamp(min=0)).masked_fill(slots < 0, 0.0))
+        empty = None if fills else slots < 0
+        slots = slots if empty is None else slots.clamp(min=0)
+        self._store.keep(slots, empty)
+        self._observation.select_slots(lambda scores: scores.gather(2, slots))
+        if empty is not None:
+            self._observation.select_slots(lambda scores: scores.masked_fill(empty, 0.0))
 
     @property
     def budget_tokens(self) -> list[int] | None:
@@ -322,7 +345,8 @@ class EvictingLayer(CacheLayerMixin):
     def _select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         if self._store is not None:
             self._store.select_rows(select)
-            self._n_real = select(self._n_real)
+        if self._padding is not None:
+            self._padding = select(self._padding)
         if self._budget is not None:
             self._budget = replace(self._budget, tokens=select(self._budget.tokens))
         self._observation.select_rows(select)
@@ -347,10 +371,12 @@ class _Contest:
     Attributes:
         cached: they.
         width: slots to keep, where the method gives every layer and head the same.
+        fills: every row and head has more keys than that, and keeps as many.
         pinned, competing: slots [B, G, .] of the layer, where some of its keys do not compete.
     """
 
     cached: CachedKeys
     width: int
+    fills: bool
     pinned: Tensor | None
     competing: Tensor | None

@@ -13,7 +13,7 @@ from cab_attention.methods.base import CachedKeys, Method
 from cab_attention.tensor_parallel import HeadRanks
 
 
-def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int) -> Tensor:
+def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int, fills: bool = False) -> Tensor:
     """Slots to keep: int64 [B, G or 1, W] in ascending order, -1 (empty) at the front.
 
     Args:
@@ -21,6 +21,7 @@ def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int) -> T
         layers: the layer to cut, or all layers where they choose one set together (`granularity="model"`); the heads
             of what chooses together hold the same positions, on whatever ranks they lie.
         width: W where every layer and head has the same budget, else W is the largest budget.
+        fills: no slot is empty, and none will be: all rows and heads have as many keys, and one budget below that.
     """
     worth = [replace(cached, scores=method.scores(cached)) for cached in layers]
     divided = None  # the ranks of heads that choose for themselves, but not alone
@@ -33,7 +34,11 @@ def slots_to_keep(method: Method, layers: Sequence[CachedKeys], width: int) -> T
     budgets = method.budgets(ranked)
     if budgets is not ranked.budget:
         width = int(budgets.max())
-    slots = select_slots(method.priorities(ranked), ranked.valid, budgets, width)
+    priorities = method.priorities(ranked)
+    if fills:
+        slots = _falling(priorities)[..., :width].sort(-1).values
+    else:
+        slots = select_slots(priorities, ranked.valid, budgets, width)
     return slots if divided is None else divided.own_heads(slots)
 
 
@@ -75,9 +80,13 @@ def select_slots(priorities: Tensor, valid: Tensor, budgets: Tensor, width: int)
 
     Of the valid slots the `budgets` [B, 1 or G, 1] of highest priority stay; among equals the lower slot.
     """
-    ranked = priorities.masked_fill(~valid, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    ranked = _falling(priorities.masked_fill(~valid, -torch.inf))[..., :width]
     wanted = torch.arange(ranked.shape[-1], device=ranked.device) < budgets
     return torch.where(wanted & valid.gather(-1, ranked), ranked, -1).sort(-1).values
+
+
+def _falling(priorities: Tensor) -> Tensor:
+    return priorities.sort(dim=-1, descending=True, stable=True).indices
 
 
 def set_apart(positions: Tensor, pinned: range) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class KeyStore:
             self._hold(keys, values)
         else:
             self._hold(torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2))
-        self.positions = torch.cat([self.positions, new], dim=2)
+        self.positions = new if self.positions.shape[2] == 0 else torch.cat([self.positions, new], dim=2)
 
     def empty_padding(self, is_real: Tensor) -> None:
         """The slots of the last n tokens where `is_real` [B, n] is False hold nothing."""
@@ -80,11 +80,12 @@ class KeyStore:
         self.positions = self.positions[:, :, last]
         return last
 
-    def keep(self, slots: Tensor) -> None:
-        """Keep the slots [B, G, W], in text order; -1 (empty) at the front."""
-        source = slots.clamp(min=0)
-        self._hold(gather_slots(self.keys, source), gather_slots(self.values, source))
-        self.positions = self.positions.gather(2, source).masked_fill(slots < 0, -1)
+    def keep(self, slots: Tensor, empty: Tensor | None) -> None:
+        """Keep the slots [B, G, W], in text order; those `empty` at the front hold nothing (None: all hold a key)."""
+        self._hold(gather_slots(self.keys, slots), gather_slots(self.values, slots))
+        self.positions = self.positions.gather(2, slots)
+        if empty is not None:
+            self.positions = self.positions.masked_fill(empty, -1)
         self.has_gaps = True
 
     def own(self) -> None:

@@ -38,12 +38,17 @@ class Observation:
         `cuts`: an eviction follows. Returns the output [B, H, n, D].
         """
         observes, (window, step) = self.method.observes, self.method.observed_queries()
+        seen = before + query.shape[2]
+        if before == 0 and seen == compress_at:
+            rows, step = self.request()
+            output, scores = attend(query, rows, step=step)
+            self.scores = None if rows == 0 else scores
+            return output
         if not self.method.evicts or observes in ("nothing", "queries"):
             return attend(query, 0)[0]
         if observes == "last":
             output, self.scores = attend(query, 1 if cuts else 0)
             return output
-        seen = before + query.shape[2]
         if window is not None and seen <= compress_at:
             return self._attend_with_window(attend, query, window, before, compress_at)
         if observes == "window":
@@ -61,10 +66,17 @@ class Observation:
         self.scores = earlier
         return output
 
+    def request(self) -> tuple[int | None, int]:
+        """The operator's (score_queries, score_step) in a forward of all that is compressed."""
+        observes = self.method.observes
+        if not self.method.evicts or observes in ("nothing", "queries"):
+            return 0, 1
+        return (1, 1) if observes == "last" else self.method.observed_queries()
+
     def _attend_with_window(self, attend: Attend, query: Tensor, window: int, before: int, compress_at: int) -> Tensor:
         """Scores of the window's queries, also when the prompt came in chunks shorter than the window."""
         ends = before + query.shape[2] == compress_at
-        if ends and (before == 0 or query.shape[2] >= window):
+        if ends and query.shape[2] >= window:
             output, self.scores = attend(query, window)
             self._recent_queries = None
             return output

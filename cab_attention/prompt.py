@@ -59,10 +59,12 @@ class RowBudgets:
     is_final: bool
 
     @classmethod
-    def resolve(cls, budget: Budget, n_real: Tensor, n_to_come: int) -> "RowBudgets":
-        """On `n_real` [B] real tokens seen and `n_to_come` of what is compressed, none of which is padding."""
-        if isinstance(budget.value, int):
-            rows = [budget.value] * len(n_real)
-        else:
-            rows = [budget.tokens(n) for n in (n_real + n_to_come).tolist()]
-        return cls(torch.tensor(rows, device=n_real.device)[:, None, None], max(rows, default=0), n_to_come == 0)
+    def resolve(
+        cls, budget: Budget, n_rows: int, device: torch.device, n_tokens: int, padding: Tensor | None, is_final: bool
+    ) -> "RowBudgets":
+        """On `n_tokens` tokens, `padding` [B] of which are none in a row (None: there is no padding)."""
+        if padding is None or isinstance(budget.value, int):  # the device is not waited for
+            most = budget.value if isinstance(budget.value, int) else budget.tokens(n_tokens)
+            return cls(torch.full((n_rows, 1, 1), most, device=device), most, is_final)
+        rows = [budget.tokens(n_tokens - n) for n in padding.tolist()]
+        return cls(torch.tensor(rows, device=device)[:, None, None], max(rows, default=0), is_final)

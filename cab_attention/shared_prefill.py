@@ -1,6 +1,7 @@
 """SharedPrefill: one forward of a prompt that fills and cuts the caches of several methods."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cab_attention.cache import EvictingCache
 from cab_attention.cache_layer import EvictingLayer, Operator
+from cab_attention.kernels.flash_attention_accumulate import (
+    flash_attention_with_cumulative_scores,
+    flash_attention_with_several_scores,
+)
+from cab_attention.methods.base import Method
 
 
 class SharedPrefill(Cache):
@@ -59,6 +65,7 @@ class SharedLayer(CacheLayerMixin):
     def __init__(self, branches: Sequence[EvictingLayer], end: int | None) -> None:
         super().__init__()
         self.branches = branches
+        self.computed = _shared_between_budgets([layer.method for layer in branches])
         self.end = end  # of the forward, in tokens; None: whatever is fed
         self.is_sliding = branches[0].is_sliding
 
@@ -82,14 +89,14 @@ class SharedLayer(CacheLayerMixin):
     def attend(
         self, module: nn.Module, operator: Operator, query: Tensor, padding: Tensor | None, **options: Any
     ) -> Tensor:
-        """Attention once, then each cache's eviction; arguments and result as for `EvictingLayer.attend`.
-
-        The operator runs once for every number of scored queries that the methods ask for.
-        """
-        once = _Once(operator)
-        # Those that want no scores come last: the output is there by then.
-        for layer in sorted(self.branches, key=_wants_no_scores):
+        """Attention once, then each cache's eviction; arguments and result as for `EvictingLayer.attend`."""
+        once = _Once(operator, [layer.request() for layer in self.branches])
+        for layer, computed in zip(self.branches, self.computed, strict=True):
+            layer.computed_once = computed
             output = layer.attend(module, once, query, padding, **options)
+            layer.computed_once = None
+        for computed in self.computed:
+            computed.clear()
         return output
 
     def get_seq_length(self) -> int:
@@ -102,18 +109,25 @@ class SharedLayer(CacheLayerMixin):
         return -1
 
 
-def _wants_no_scores(layer: EvictingLayer) -> bool:
-    return layer.method.observes in ("nothing", "queries") or not layer.method.evicts
+def _shared_between_budgets(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """A dictionary for each method, the same one for those that differ in nothing but the budget."""
+    shared: list[tuple[tuple[type, dict[str, Any]], dict[str, Any]]] = []
+    for method in methods:
+        options = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "budget"}
+        rule = (type(method), options)
+        shared.append((rule, next((found for known, found in shared if known == rule), {})))
+    return [found for _, found in shared]
 
 
 class _Once:
-    """An operator that computes the same call once: the branches' calls differ in nothing but which queries are scored.
+    """An operator that computes the scores of all branches at the first call, and each of them once.
 
-    The output is the first one computed, for all: which rows are scored does not change it.
+    Their calls differ in nothing but which queries are scored, and that does not change the output.
     """
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, requests: Sequence[tuple[int | None, int]]) -> None:
         self.operator = operator
+        self.requests = requests
         self.output: Tensor | None = None
         self.scores: dict[tuple[int, int], Tensor] = {}  # by the number of scored queries and the step between them
 
@@ -128,15 +142,31 @@ class _Once:
         score_step: int,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        n_queries = query.shape[2]
-        rows = n_queries if score_queries is None else min(score_queries, n_queries)
-        scored = (rows, score_step if rows > 1 else 1)
-        if self.output is not None and rows == 0 and scored not in self.scores:
-            self.scores[scored] = torch.zeros_like(next(iter(self.scores.values())))
-        if scored not in self.scores:
-            output, self.scores[scored] = self.operator(
-                query, keys, values, earlier, score_queries=score_queries, score_step=score_step, **options
-            )
-            self.output = output if self.output is None else self.output
+        if self.output is None:
+            self._compute(query, keys, values, **options)
         assert self.output is not None
-        return self.output, self.scores[scored]
+        return self.output, self.scores[_counted(query, score_queries, score_step)]
+
+    def _compute(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> None:
+        requests = {_counted(query, *request): request for request in self.requests}
+        unscored = (0, 1) in requests and len(requests) > 1
+        if unscored:
+            del requests[0, 1]
+        if self.operator is flash_attention_with_cumulative_scores:
+            self.output, scores = flash_attention_with_several_scores(query, keys, values, [*requests], **options)
+            self.scores = dict(zip(requests, scores, strict=True))
+        else:
+            for counted, (rows, step) in requests.items():
+                output, self.scores[counted] = self.operator(
+                    query, keys, values, None, score_queries=rows, score_step=step, **options
+                )
+                self.output = output if self.output is None else self.output
+        if unscored:
+            self.scores[0, 1] = torch.zeros_like(next(iter(self.scores.values())))
+
+
+def _counted(query: Tensor, score_queries: int | None, score_step: int) -> tuple[int, int]:
+    """The rows that count and the step between them: the same for requests that mean the same."""
+    n_queries = query.shape[2]
+    rows = n_queries if score_queries is None else min(score_queries, n_queries)
+    return rows, score_step if rows > 1 else 1

@@ -215,6 +215,51 @@ def compute(
     return _laid_out_like(q, output), scores
 
 
+def compute_several(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    key_positions: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    score_queries: list[int],
+    score_steps: list[int],
+) -> tuple[Tensor, list[Tensor]]:
+    """What `compute` gives for each of several numbers of rows and steps, bit for bit; the output is the same in all.
+
+    Where the scores have a pass of their own the forward runs once, else all of it once for each.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return compute_several(
+                q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, score_queries, score_steps
+            )
+    requests = [(min(rows, q.shape[2]), step) for rows, step in zip(score_queries, score_steps, strict=True)]
+    options: dict[str, Any] = dict(
+        is_causal=is_causal, key_mask=key_mask, sliding_window=sliding_window, softcap=softcap
+    )
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    choice = choose(q, k, v, factor, **options, score_queries=max(rows for rows, _ in requests))
+    if choice.forward in ("cudnn", "triton"):
+        from cab_attention.kernels.prefill import prefill_with_several_scores
+
+        _last.choice = choice
+        options["key_positions"] = key_positions
+        with torch.cuda.device(q.device):
+            output, scores = prefill_with_several_scores(
+                q, k, v, factor, options, requests, forward=choice.forward, scores=choice.scores
+            )
+        return _laid_out_like(q, output), scores
+    everything = [
+        compute(q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, rows, step)
+        for rows, step in requests
+    ]
+    return everything[0][0], [scores for _, scores in everything]
+
+
 def _on_gpu(
     choice: Choice, q: Tensor, k: Tensor, v: Tensor, scale: float, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -244,6 +289,11 @@ def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
 
 
+def _fake_several(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    output, scores = _fake(q, k)
+    return output, [torch.empty_like(scores) for _ in rest[-1]]
+
+
 def _refuse_backward(gradient: Tensor, shape: list[int]) -> Tensor:
     raise RuntimeError(
         "flash_attention_with_cumulative_scores has no backward pass: call it under torch.no_grad(), "
@@ -251,12 +301,13 @@ def _refuse_backward(gradient: Tensor, shape: list[int]) -> Tensor:
     )
 
 
-def _remember_shapes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _remember_shapes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | list[Tensor]]) -> None:
     ctx.shapes = [x.shape for x in inputs[:3]]
-    ctx.mark_non_differentiable(output[1])
+    scores = output[1]
+    ctx.mark_non_differentiable(*([scores] if isinstance(scores, Tensor) else scores))
 
 
-def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     # An operator that raises only when it runs: torch.compile traces the backward pass of every forward pass.
     refuse = torch.ops.cab_attention.refuse_backward
     return (*(refuse(gradient, shape) for shape in ctx.shapes), *[None] * 8)
@@ -274,9 +325,21 @@ torch.library.register_fake("cab_attention::attention_with_scores", _fake, lib=_
 torch.library.register_autograd(
     "cab_attention::attention_with_scores", _backward, setup_context=_remember_shapes, lib=_library
 )
+_library.define(
+    "attention_with_several_scores(Tensor q, Tensor k, Tensor v, float? scale, bool is_causal, Tensor? key_mask, "
+    "Tensor? key_positions, SymInt? sliding_window, float? softcap, SymInt[] score_queries, SymInt[] score_steps) "
+    "-> (Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.impl("attention_with_several_scores", compute_several, "CompositeExplicitAutograd")
+torch.library.register_fake("cab_attention::attention_with_several_scores", _fake_several, lib=_library)
+torch.library.register_autograd(
+    "cab_attention::attention_with_several_scores", _backward, setup_context=_remember_shapes, lib=_library
+)
 _library.define("refuse_backward(Tensor gradient, SymInt[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("refuse_backward", _refuse_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "cab_attention::refuse_backward", lambda gradient, shape: gradient.new_empty(shape), lib=_library
 )
 attention_with_scores = torch.ops.cab_attention.attention_with_scores.default
+attention_with_several_scores = torch.ops.cab_attention.attention_with_several_scores.default

@@ -4,13 +4,13 @@
 `replace_attention_with_flash` puts that module into a transformers model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from cab_attention.kernels.dispatch import attention_with_scores
+from cab_attention.kernels.dispatch import attention_with_scores, attention_with_several_scores
 
 
 def flash_attention_with_cumulative_scores(
@@ -66,6 +66,33 @@ def flash_attention_with_cumulative_scores(
         scores = scores.unflatten(1, (k.shape[1], -1)).sum(2)
     if cumulative_scores is not None:
         scores[:, :, : cumulative_scores.shape[2]] += cumulative_scores
+    return output, scores
+
+
+def flash_attention_with_several_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    requests: Sequence[tuple[int, int]],
+    scale: float | None = None,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    per_kv_head: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """The operator's output, and its scores for each of one or more (score_queries, score_step), from one forward."""
+    _check_tensors(q, k, v, key_mask, key_positions, None, per_kv_head)
+    for request in requests:
+        _check_options(is_causal, sliding_window, softcap, *request)
+    scale, rows, steps = None if scale is None else float(scale), *map(list, zip(*requests, strict=True))
+    output, scores = attention_with_several_scores(
+        q, k, v, scale, is_causal, key_mask, key_positions, sliding_window, softcap, rows, steps
+    )
+    if per_kv_head:
+        scores = [of_heads.unflatten(1, (k.shape[1], -1)).sum(2) for of_heads in scores]
     return output, scores
 
 

@@ -1,5 +1,6 @@
 """Prefill on a GPU in two passes: an exact forward with its log-sum-exp, then the column sums of the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,15 +39,40 @@ def prefill_attention(
         sliding_window=sliding_window,
         softcap=softcap,
     )
-    counted: dict[str, Any] = dict(score_queries=score_queries, score_step=score_step)
+    requests = [(score_queries, score_step)]
+    output, [sums] = prefill_with_several_scores(q, k, v, scale, options, requests, forward=forward, scores=scores)
+    return output, sums
+
+
+def prefill_with_several_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    options: dict[str, Any],
+    requests: Sequence[tuple[int, int]],
+    *,
+    forward: str,
+    scores: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same with scores for each of the (score_queries, score_step): one forward, then a second pass for each.
+
+    `options`: `is_causal`, `key_mask`, `key_positions`, `sliding_window` and `softcap`.
+    """
     if forward == "cudnn":
-        output, lse = cudnn_forward(q, k, v, scale, is_causal)
+        output, lse = cudnn_forward(q, k, v, scale, options["is_causal"])
     else:
         output, lse = triton_forward(q, k, v, scale, **options)
-    if scores == "none":
-        return output, torch.zeros(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
-    if scores == "hopper":
-        from cab_attention.kernels.hopper_column_sums import hopper_column_sums
 
-        return output, hopper_column_sums(q, k, lse, scale, is_causal=is_causal, key_mask=key_mask, **counted)
-    return output, column_sums(q, k, lse, scale, **options, **counted)
+    def sums(score_queries: int, score_step: int) -> Tensor:
+        counted: dict[str, Any] = dict(score_queries=score_queries, score_step=score_step)
+        if scores == "none" or score_queries == 0:
+            return torch.zeros(*q.shape[:2], k.shape[2], dtype=torch.float32, device=q.device)
+        if scores == "hopper":
+            from cab_attention.kernels.hopper_column_sums import hopper_column_sums
+
+            plain = {name: options[name] for name in ("is_causal", "key_mask")}
+            return hopper_column_sums(q, k, lse, scale, **plain, **counted)
+        return column_sums(q, k, lse, scale, **options, **counted)
+
+    return output, [sums(*request) for request in requests]

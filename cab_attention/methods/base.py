@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from functools import cached_property
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from cab_attention.tensor_parallel import HeadRanks
 Granularity = Literal["head", "layer", "model"]
 Positions = Literal["original", "compacted"]
 EvictInPrefill = Literal["end", "chunk"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class CachedKeys:
         peers: which of how many the layer is among those of its kind: with full attention, or with its sliding window.
         sample_ids: one a row; rows of one sample draw the same random numbers.
         ranks: of a tensor-parallel model, the ranks over which the layer's heads lie, G on each; None if all are here.
+        computed_once: by name, what methods that differ in nothing but the budget have computed of these same keys;
+            None if there are no others.
     """
 
     keys: Tensor
@@ -49,23 +53,32 @@ class CachedKeys:
     peers: tuple[int, int] = (0, 1)
     sample_ids: tuple[str, ...] = ("",)
     ranks: HeadRanks | None = None
+    computed_once: dict[str, Any] | None = None
 
-    @property
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """`compute()`, or what it gave another such method: it must not depend on the budget."""
+        if self.computed_once is None:
+            return compute()
+        if name not in self.computed_once:
+            self.computed_once[name] = compute()
+        return self.computed_once[name]
+
+    @cached_property
     def valid(self) -> Tensor:
         """Bool [B, G, K]: the slot holds a key."""
         return self.positions >= 0
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """int64 [B, G, 1]: keys present."""
         return self.valid.sum(-1, keepdim=True)
 
-    @property
+    @cached_property
     def from_start(self) -> Tensor:
         """int64 [B, G, K]: 0 for the oldest key present, negative for an empty slot."""
         return self.from_end.neg() + self.count - 1
 
-    @property
+    @cached_property
     def from_end(self) -> Tensor:
         """int64 [1, 1, K]: 0 for the newest key."""
         n_keys = self.positions.shape[-1]

@@ -81,24 +81,31 @@ class CAB(Method):
         wanted = cached.budget.double()
         n_local = torch.floor(self.local_ratio * wanted).clamp(min=1)
         n_bridge = torch.minimum(torch.floor(self.bridge_ratio * wanted), wanted - n_local)
-        order = None
+        by_score = cached.once("by_score", lambda: _falling(scores))
+        by_block = None
         if self.bridge != "median":
-            order, has_graph = self.block_order(cached)
+            by_block, has_graph = cached.once("by_block", lambda: self._by_block_then_score(cached, by_score))
             n_bridge = torch.where(has_graph, n_bridge, 0.0)
         n_importance = wanted - n_local - n_bridge
 
         local = (cached.from_end < n_local) & cached.valid
         free = cached.valid & ~local
-        important = _highest(scores, free, n_importance)
+        important = _first(by_score, free, n_importance)
         free &= ~important
-        if order is None:
+        if by_block is None:
             # In float64 the two middle keys of an even count are exactly as near: a tie, the lower position stays.
             exact = scores.double()
-            bridge_rank = (exact - _median(exact, free)).abs().neg()
+            bridge_order = _falling((exact - _median(exact, free)).abs().neg())
         else:
-            bridge_rank = _by_block_then_score(order, scores)
-        bridge = _highest(bridge_rank, free, n_bridge)
+            bridge_order = by_block
+        bridge = _first(bridge_order, free, n_bridge)
         return local * 3.0 + important * 2.0 + bridge * 1.0
+
+    def _by_block_then_score(self, cached: CachedKeys, by_score: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots [B, G, K] by the place of their block, then as in `by_score`; whether there is a graph [B, G, 1]."""
+        place, has_graph = self.block_order(cached)
+        by_block = place.gather(-1, by_score).sort(dim=-1, stable=True).indices
+        return by_score.gather(-1, by_block), has_graph
 
     def block_order(self, cached: CachedKeys) -> tuple[Tensor, Tensor]:
         """The place of each key's block, 0 = strongest bridge [B, G, K], and whether there is a graph [B, G, 1]."""
@@ -115,22 +122,15 @@ class CAB(Method):
         return place.gather(-1, block), exists.sum(-1, keepdim=True) >= curvature.FEWEST_BLOCKS
 
 
-def _highest(rank: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """Bool [B, G, K]: the `count` [B, G or 1, 1] of highest rank `among` these, ties to the lower position."""
-    ranked = rank.masked_fill(~among, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    place = torch.empty_like(ranked).scatter_(
-        -1, ranked, torch.arange(ranked.shape[-1], device=rank.device).expand_as(ranked)
-    )
-    return (place < count) & among
+def _falling(rank: Tensor) -> Tensor:
+    """Slots [B, G, K] by falling rank, ties to the lower position."""
+    return rank.sort(dim=-1, descending=True, stable=True).indices
 
 
-def _by_block_then_score(block_place: Tensor, scores: Tensor) -> Tensor:
-    """A rank [B, G, K] that orders by block place first (0 highest), then by score, ties to the lower position."""
-    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
-    by_block = block_place.gather(-1, by_score).sort(dim=-1, stable=True).indices
-    ranked = by_score.gather(-1, by_block)
-    falling = torch.arange(ranked.shape[-1], 0, -1, device=scores.device, dtype=torch.float64)
-    return torch.empty_like(scores, dtype=torch.float64).scatter_(-1, ranked, falling.expand_as(ranked))
+def _first(order: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Bool [B, G, K]: the first `count` [B, G or 1, 1] slots in `order` that are `among` these."""
+    competing = among.gather(-1, order)
+    return torch.empty_like(among).scatter_(-1, order, competing & (competing.cumsum(-1) <= count))
 
 
 def _median(scores: Tensor, among: Tensor) -> Tensor:

@@ -26,11 +26,16 @@ class KeyDiff(Method):
     granularities: ClassVar[tuple[Granularity, ...]] = ("head", "layer", "model")
 
     def scores(self, cached: CachedKeys) -> Tensor:
-        blocks = cached.keys.split(BLOCK, dim=2)
-        anchor = torch.zeros_like(cached.keys[:, :, :1], dtype=torch.float32)  # the mean, times a number
-        for keys, present in zip(blocks, cached.valid[..., None].split(BLOCK, dim=2), strict=True):
-            anchor += F.normalize(keys.float(), dim=-1).masked_fill(~present, 0.0).sum(2, keepdim=True)
-        return torch.cat([F.cosine_similarity(keys.float(), anchor, dim=-1) for keys in blocks], dim=2).neg()
+        return cached.once("scores", lambda: _unlikeness(cached))
 
     def priorities(self, cached: CachedKeys) -> Tensor:
         return cached.observed()
+
+
+def _unlikeness(cached: CachedKeys) -> Tensor:
+    """float32 [B, G, K], minus the cosine between each key and the mean of the unit keys."""
+    blocks = cached.keys.split(BLOCK, dim=2)
+    anchor = torch.zeros_like(cached.keys[:, :, :1], dtype=torch.float32)  # the mean, times a number
+    for keys, present in zip(blocks, cached.valid[..., None].split(BLOCK, dim=2), strict=True):
+        anchor += F.normalize(keys.float(), dim=-1).masked_fill(~present, 0.0).sum(2, keepdim=True)
+    return torch.cat([F.cosine_similarity(keys.float(), anchor, dim=-1) for keys in blocks], dim=2).neg()

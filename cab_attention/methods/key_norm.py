@@ -22,7 +22,7 @@ class KeyNorm(Method):
     granularities: ClassVar[tuple[Granularity, ...]] = ("head", "layer", "model")
 
     def scores(self, cached: CachedKeys) -> Tensor:
-        return torch.linalg.vector_norm(cached.keys, dim=-1, dtype=torch.float32).neg()
+        return cached.once("scores", lambda: torch.linalg.vector_norm(cached.keys, dim=-1, dtype=torch.float32).neg())
 
     def priorities(self, cached: CachedKeys) -> Tensor:
         return cached.observed()

@@ -12,7 +12,7 @@ from cab_attention.kernels import column_sums as column_sums_module
 from cab_attention.kernels.column_sums import column_sums
 from cab_attention.kernels.dispatch import suits_tma
 from cab_attention.kernels.launch import counted_rows
-from cab_attention.kernels.prefill import prefill_attention
+from cab_attention.kernels.prefill import prefill_attention, prefill_with_several_scores
 from cab_attention.kernels.reference import attention_reference
 from cab_attention.kernels.visibility import visible_keys
 
@@ -64,6 +64,17 @@ def test_against_the_definition(name: str, n_q: int, dtype: torch.dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_steps(name: str, n_q: int, step: int):
     check(name, n_q, torch.float32, step)
+
+
+@pytest.mark.parametrize("name", ["causal", "window_cut"])
+def test_several_scores_of_one_forward_are_those_of_separate_calls(name: str):
+    options, generator = DEFAULTS | options_for(name), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 24, generator=generator) for heads, n in ((4, 23), (2, N_K), (2, N_K)))
+    requests = [(23, 1), (23, 4), (5, 1), (1, 1), (0, 1)]
+    output, several = prefill_with_several_scores(q, k, v, 0.2, options, requests, forward="triton", scores="triton")
+    for (rows, step), scores in zip(requests, several, strict=True):
+        alone = prefill_attention(q, k, v, 0.2, **options, score_queries=rows, score_step=step)
+        assert torch.equal(output, alone[0]) and torch.equal(scores, alone[1])
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cab_attention import (
     CAB,
@@ -11,6 +12,7 @@ from cab_attention import (
     EvictingCache,
     ExpectedAttention,
     Full,
+    KeyDiff,
     KeyNorm,
     PyramidKV,
     Random,
@@ -19,6 +21,11 @@ from cab_attention import (
     StreamingLLM,
 )
 from cab_attention.cache_layer import EvictingLayer
+from cab_attention.kernels import dispatch
+from cab_attention.kernels.flash_attention_accumulate import (
+    flash_attention_with_cumulative_scores,
+    flash_attention_with_several_scores,
+)
 from tests.all_methods import FULL_ATTENTION_VARIANTS, METHODS, VARIANTS
 from tests.feeding import feed, left_padded
 from tests.feeding import tiny_model_with_key_gains as tiny_model
@@ -141,6 +148,99 @@ def test_each_request_is_computed_once(monkeypatch):
     methods += [TOVA(9), H2O(9, score_queries="last:8"), SnapKV(9, window=8), H2O(9, score_queries="every:2")]
     feed(model, SharedPrefill(caches(model, methods)), random_ids(1, N_PROMPT))
     assert [*sorted(requests, key=str)] == sorted([(None, 1), (None, 4), (None, 2), (1, 1), (8, 1)] * 3, key=str)
+
+
+def test_one_call_of_the_operator_serves_all_requests(monkeypatch):
+    model, calls = tiny_model("llama"), []
+    several = "cab_attention.kernels.flash_attention_accumulate.attention_with_several_scores"
+    operator = dispatch.attention_with_several_scores
+    monkeypatch.setattr(several, lambda *args: calls.append(args[-2:]) or operator(*args))
+    methods = [Full(), Random(9), H2O(9), H2O(5, score_queries="every:4"), TOVA(9), SnapKV(9, window=8), SnapKV(5)]
+    feed(model, SharedPrefill(caches(model, methods)), random_ids(1, N_PROMPT))
+    assert calls == [([33, 33, 1, 8, 32], [1, 4, 1, 1, 1])] * model.config.num_hidden_layers
+
+
+def random_qkv(n_queries: int, n_keys: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, heads, n, 16, generator=generator) for heads, n in ((4, n_queries), (2, n_keys), (2, n_keys))
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"per_kv_head": True, "softcap": 2.0}, {"sliding_window": 7, "scale": 0.3}])
+def test_several_scores_are_those_of_separate_calls(options):
+    q, k, v = random_qkv(21, 37)
+    requests = [(21, 1), (500, 3), (5, 1), (1, 1), (0, 1)]
+    output, scores = flash_attention_with_several_scores(q, k, v, requests, is_causal=True, **options)
+    for (rows, step), of_rows in zip(requests, scores, strict=True):
+        alone = flash_attention_with_cumulative_scores(
+            q, k, v, is_causal=True, score_queries=rows, score_step=step, **options
+        )
+        assert torch.equal(output, alone[0])
+        assert torch.equal(of_rows, alone[1])
+
+
+def test_several_scores_refuse_what_one_call_refuses():
+    q, k, v = random_qkv(3, 3)
+    with pytest.raises(ValueError, match="score_step"):
+        flash_attention_with_several_scores(q, k, v, [(3, 1), (3, 0)])
+    with pytest.raises(ValueError, match="sliding_window"):
+        flash_attention_with_several_scores(q, k, v, [(3, 1)], sliding_window=2)
+    output, scores = flash_attention_with_several_scores(q.requires_grad_(), k, v, [(3, 1), (1, 1)])
+    assert not any(of_rows.requires_grad for of_rows in scores)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        output.sum().backward()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what a GPU would be waited for: values read by the host or sent by it, and results of unknown size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [index for index in args[1] if index is not None] if name in ("index", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh") or any(
+            index.dtype == torch.bool for index in masks
+        ):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_gpu():
+    """Then the cuts are queued while the GPU still computes what came before."""
+    model = tiny_model("llama")
+    methods = [make(budget) for make in METHODS.values() for budget in (9, 0.3)]
+    methods += [H2O(9, granularity="model"), StreamingLLM(9, positions="compacted")]
+    # Random draws on the host; the others' budgets are counted on the device.
+    methods = [method for method in methods if not isinstance(method, (Random, AdaKV, PyramidKV))]
+    with HostReads() as reads:
+        feed(model, SharedPrefill(caches(model, methods)), random_ids(2, N_PROMPT))
+    assert reads.found == ["_local_scalar_dense"]  # is there padding: once a forward
+    with HostReads() as reads:  # what is counted is counted
+        feed(model, SharedPrefill(caches(model, [AdaKV(9)])), random_ids(1, N_PROMPT))
+    assert "nonzero" in reads.found
+
+
+def test_what_does_not_hang_on_the_budget_is_computed_once(monkeypatch):
+    model, computed = tiny_model("llama"), []
+    order = CAB.block_order
+
+    def counting(self, cached):
+        computed.append(self)
+        return order(self, cached)
+
+    monkeypatch.setattr(CAB, "block_order", counting)
+    methods = [CAB(budget, block_size=4) for budget in (9, 5, 0.3)] + [CAB(9, block_size=5), KeyDiff(5), KeyDiff(9)]
+    together = caches(model, methods)
+    feed(model, SharedPrefill(together), random_ids(1, N_PROMPT))
+    assert len(computed) == 2 * model.config.num_hidden_layers
+    assert all(layer.computed_once is None for cache in together for layer in cache.layers)
+    feed(model, together[0], random_ids(1, 1))
+    feed(model, together[1], random_ids(1, 1))
+    assert len(computed) == 4 * model.config.num_hidden_layers
 
 
 def test_each_cache_is_cut_before_the_next_layer_begins(monkeypatch):
