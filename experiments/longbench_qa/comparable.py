@@ -59,9 +59,7 @@ def comparable_cells(results: Results) -> tuple[list[ComparableCell], list[LeftO
     left_out = [_left_out(cell, str(cell["reason"])) for cell in cells.drop(known.index).to_dict("records")]
     of_dataset = [name for name in columns if name.startswith("dataset.") or name in HASHES]
     of_method = [name for name in columns if name.startswith("method.")]
-    not_setting = {*CELL_COLUMNS, *NAMES, *of_dataset, *of_method, SOURCE}
-    of_setting = [name for name in columns if name not in not_setting]
-    settings = _labels(known, "model", of_setting, _said_anyway(known))
+    settings = within_settings(known, setting_columns(known))
     columns_of = _labels(known, "dataset", of_dataset, within=settings)
     methods = _labels(known, "method", of_method, within=settings)
     found = []
@@ -76,6 +74,19 @@ def comparable_cells(results: Results) -> tuple[list[ComparableCell], list[LeftO
         left_out += others
     order = {path: position for position, path in enumerate(cells["path"])}
     return sorted(found, key=_order), sorted(left_out, key=lambda cell: order[cell.path])
+
+
+def setting_columns(cells: pd.DataFrame) -> list[str]:
+    """Columns of `Results.cells` that belong to the setting beside the model's name: its options and the protocol."""
+    parts = ("dataset.", "method.")
+    known = {*CELL_COLUMNS, *NAMES, *HASHES, SOURCE}
+    return [name for name in cells.columns if name not in known and not name.startswith(parts)]
+
+
+def within_settings(cells: pd.DataFrame, columns: Sequence[str], unsaid: Collection[str] = ()) -> dict[Any, str]:
+    """{index: setting in words}, of these columns; `unsaid` are named in none."""
+    always = [name for name in _said_anyway(cells) if name not in unsaid]
+    return _labels(cells, "model", columns, always)
 
 
 def _left_out(cell: Mapping[Any, Any], reason: str) -> LeftOut:

@@ -3,6 +3,7 @@
 Only complete cells are taken. What was left out is returned beside each table, as rows of `Results.cells`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,6 +18,7 @@ from experiments.longbench_qa.results import Results
 from experiments.longbench_qa.significance import Mean
 
 FULL = "full"
+BINS_PER_OCTAVE = 2  # of prompt lengths
 MEANS = ("budget_tokens", "cache_bytes", "answer_kept")
 COLUMNS = ("method", "budget", "budget_kind", "n", "mean", "low", "high", *MEANS)
 
@@ -37,7 +39,7 @@ def select(results: Results, **where: Any) -> Results:
         found = results.cells[column]
         chosen &= found.isin([one for one in values if one is not None]) | (found.isna() & (None in values))
     cells = results.cells[chosen | results.cells["model"].isna()]
-    return Results(cells, results.samples[results.samples["path"].isin(cells["path"])])
+    return Results(cells, results.samples[results.samples["path"].isin(cells["path"])], results.provenance)
 
 
 def methods_of(results: Results) -> list[str]:
@@ -112,6 +114,22 @@ def protocol_columns(frame: pd.DataFrame) -> list[str]:
     known = {*CELL_COLUMNS, *NAMES, *SAMPLE_COLUMNS}
     own = [name for name in frame.columns if name not in known and "." not in name and not name.endswith("_sha256")]
     return ["model", *own]
+
+
+def without_max_length(model: str) -> str:
+    """A model's name without the option that says how long its prompts may be."""
+    return re.sub(r",max_length=[^,]*", "", model)
+
+
+def own_samples(results: Results) -> pd.DataFrame:
+    """Samples of complete cells that computed their prompt for themselves: a shared prefill's cost is no one cell's."""
+    own = ~results.samples["prefill_shared"].astype("boolean").fillna(True)
+    return results.samples[(results.samples["status"] == COMPLETE) & own].dropna(subset=["prompt_tokens"])
+
+
+def length_groups(prompt_tokens: pd.Series) -> pd.Series:
+    """A number for each prompt's length, equal for those of the same half octave."""
+    return np.floor(np.log2(prompt_tokens) * BINS_PER_OCTAVE)
 
 
 def _require_comparable(complete: pd.DataFrame) -> None:

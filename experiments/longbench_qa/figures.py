@@ -20,7 +20,16 @@ from experiments.longbench_qa.figure_parts import (
     shares_and_scores,
     style_of,
 )
-from experiments.longbench_qa.figure_tables import FULL, methods_of, protocol_columns, scores_by_budget, select
+from experiments.longbench_qa.figure_tables import (
+    FULL,
+    length_groups,
+    methods_of,
+    own_samples,
+    protocol_columns,
+    scores_by_budget,
+    select,
+    without_max_length,
+)
 from experiments.longbench_qa.recorded_cells import COMPLETE
 from experiments.longbench_qa.results import Results, cell_means
 from experiments.longbench_qa.score_plot import IntervalPoint, bars, draw_scores
@@ -39,7 +48,7 @@ COSTS = {
 """What a figure of costs can show: its axis, and what a recorded value is divided by."""
 
 SCORE_LABEL = "score (0 to 100), 95 % intervals"
-BINS_PER_OCTAVE = 2  # of prompt lengths
+LOGARITHMIC = 20  # times the least cost: beyond, small ones could not be told apart on a linear axis
 LINE_STYLES = ("-", "--", ":", "-.")  # of attentions and protocols
 
 
@@ -127,9 +136,10 @@ def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
 def cost_against_length(results: Results, value: str = "prefill_ms", **where: Any) -> "Figure | None":
     """What a sample cost against its prompt's tokens, a line an attention, method and budget (and model and protocol).
 
-    Only samples of complete cells that computed their prompt for themselves: the cost of a shared prefill belongs to
-    no one cell. Prompts are grouped by length, two groups an octave; a point is the median length and the median
-    cost of a group, which the first samples' warming up does not move.
+    A model's `max_length` is how lengths are varied, and splits no line. Only samples of complete cells that computed
+    their prompt for themselves: the cost of a shared prefill belongs to no one cell. Prompts are grouped by length, two
+    groups an octave; a point is the median length and the median cost of a group, which the first samples' warming up
+    does not move. Later line styles have larger, empty markers, so that equal lines do not hide each other.
 
     Args:
         value: one of `COSTS`.
@@ -140,13 +150,12 @@ def cost_against_length(results: Results, value: str = "prefill_ms", **where: An
     if value not in COSTS:
         raise ValueError(f"value={value!r}, allowed is one of {', '.join(COSTS)}")
     label, unit = COSTS[value]
-    samples = select(results, **where).samples
-    own = ~samples["prefill_shared"].astype("boolean").fillna(True)
-    samples = samples[(samples["status"] == COMPLETE) & own].dropna(subset=[value, "prompt_tokens"])
+    samples = own_samples(select(results, **where)).dropna(subset=[value])
     if samples.empty:
         return None
+    samples = samples.assign(model=samples["model"].map(without_max_length))
     figure, axes = new_figure(results, None, where)
-    group = np.floor(np.log2(samples["prompt_tokens"]) * BINS_PER_OCTAVE)
+    group = length_groups(samples["prompt_tokens"])
     varied = [name for name in protocol_columns(samples) if samples[name].nunique(dropna=False) > 1]
     setting = samples[list(dict.fromkeys(["attention", *varied]))].astype(str).agg(", ".join, axis="columns")
     settings = sorted(set(setting))
@@ -156,11 +165,13 @@ def cost_against_length(results: Results, value: str = "prefill_ms", **where: An
         method, budget, words = line["method"].iloc[0], line["budget"].iloc[0], setting[line.index[0]]
         medians = line.groupby(group)[["prompt_tokens", value]].median()
         name = label_of(method) if method == FULL else f"{method} {budget}"
+        place = settings.index(words)
         axes.plot(
             medians["prompt_tokens"],
             medians[value] / unit,
-            linestyle=LINE_STYLES[settings.index(words) % len(LINE_STYLES)],
-            markersize=5,
+            linestyle=LINE_STYLES[place % len(LINE_STYLES)],
+            markersize=5 + 3 * (place % len(LINE_STYLES)),
+            fillstyle="none" if place else "full",
             linewidth=1.2,
             label=f"{name}, {words}",
             **style_of(results, method),
@@ -169,7 +180,12 @@ def cost_against_length(results: Results, value: str = "prefill_ms", **where: An
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    costs = [cost for line in axes.get_lines() for cost in line.get_ydata()]
+    if max(costs) > LOGARITHMIC * min(costs) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     add_legend(figure)
     return figure

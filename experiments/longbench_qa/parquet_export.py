@@ -1,9 +1,11 @@
 """Recorded results as one Parquet file: a row a sample with all that is known of its cell.
 
 A cell without samples that can be read has one row, whose `id` is missing. So any reader of Parquet sees every cell.
+What the cells were made with is JSON in the file's metadata, each distinct record once.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from experiments.longbench_qa.recorded_cells import LISTS, SAMPLE_COLUMNS
 from experiments.longbench_qa.records import FORMAT
 
 MARK = b"cab_attention.results"  # of the file's metadata; its value is the records' FORMAT
+PROVENANCE = b"cab_attention.provenance"  # {"distinct": records, "of_cell": each cell's place there, or null}
 EFFECTIVE = "effective."
 COMPRESSION = "zstd"
 LEVEL = 19
 
 
-def write_parquet(cells: pd.DataFrame, samples: pd.DataFrame, file: Path) -> None:
-    """Write the frames of `Results`. Raises ValueError if that cannot be done, or pyarrow is not installed."""
+def write_parquet(
+    cells: pd.DataFrame, samples: pd.DataFrame, provenance: Mapping[str, Mapping[str, Any]], file: Path
+) -> None:
+    """Write what is in `Results`. Raises ValueError if that cannot be done, or pyarrow is not installed."""
     pyarrow, parquet = _pyarrow()
     of_sample = ["path", *_sample_columns(samples.columns)]
     rows = cells.merge(samples[of_sample], on="path", how="left", sort=False)
@@ -30,7 +35,8 @@ def write_parquet(cells: pd.DataFrame, samples: pd.DataFrame, file: Path) -> Non
         table = pyarrow.Table.from_pandas(rows.drop(columns=list(LISTS)), preserve_index=False)
         for name, kind in lists.items():
             table = table.append_column(name, pyarrow.array(rows[name], type=kind, from_pandas=True))
-        table = table.select(list(rows.columns)).replace_schema_metadata({MARK: str(FORMAT)})
+        metadata = {MARK: str(FORMAT), PROVENANCE: _pack([provenance.get(path) for path in cells["path"]])}
+        table = table.select(list(rows.columns)).replace_schema_metadata(metadata)
         parquet.write_table(table, file, compression=COMPRESSION, compression_level=LEVEL)
     except OSError as error:
         raise ValueError(f"cannot write {file}: {error.strerror or error}") from error
@@ -38,8 +44,10 @@ def write_parquet(cells: pd.DataFrame, samples: pd.DataFrame, file: Path) -> Non
         raise ValueError(f"cannot write {file}: {_first_line(error)}") from error
 
 
-def read_parquet(file: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    """The cells, a dict of columns each, and the frame of samples with the path of their cell.
+def read_parquet(file: Path) -> tuple[list[dict[str, Any]], pd.DataFrame, dict[str, Mapping[str, Any]]]:
+    """The cells, a dict of columns each; the frame of samples with the path of their cell; {path: provenance}.
+
+    A file written before there was provenance in it has none.
 
     Raises ValueError if it cannot be read, is no such export or of another format, or pyarrow is not installed.
     """
@@ -48,7 +56,8 @@ def read_parquet(file: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {_first_line(error)}") from error
-    found = (table.schema.metadata or {}).get(MARK)
+    metadata = table.schema.metadata or {}
+    found = metadata.get(MARK)
     if found is None:
         raise ValueError(f"{file} is no export of results (experiments.longbench_qa.results FOLDER --parquet FILE)")
     if found != str(FORMAT).encode():
@@ -61,7 +70,10 @@ def read_parquet(file: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     samples = rows.drop_columns(list(LISTS)).to_pandas()
     for name in LISTS:
         samples[name] = pd.Series(rows[name].to_pylist(), index=samples.index, dtype=object)
-    return table.select(of_cell).take(first).to_pylist(), samples[["path", *of_sample]]
+    cells = table.select(of_cell).take(first).to_pylist()
+    records = _unpack(metadata[PROVENANCE]) if PROVENANCE in metadata else [None] * len(cells)
+    provenance = {cell["path"]: record for cell, record in zip(cells, records, strict=True) if record is not None}
+    return cells, samples[["path", *of_sample]], provenance
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -71,6 +83,19 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise ValueError("Parquet needs the package pyarrow: pip install 'cab-attention[parquet]'") from error
     return pyarrow, pyarrow.parquet
+
+
+def _pack(records: Sequence[Mapping[str, Any] | None]) -> str:
+    """In the order of the cells; most cells of a sweep were made with the same."""
+    texts = [None if record is None else json.dumps(record) for record in records]
+    places = {text: place for place, text in enumerate(dict.fromkeys(text for text in texts if text is not None))}
+    of_cell = [None if text is None else places[text] for text in texts]
+    return json.dumps({"distinct": [json.loads(text) for text in places], "of_cell": of_cell}, separators=(",", ":"))
+
+
+def _unpack(packed: bytes) -> list[Mapping[str, Any] | None]:
+    found = json.loads(packed)
+    return [None if place is None else found["distinct"][place] for place in found["of_cell"]]
 
 
 def _sample_columns(columns: Sequence[str]) -> list[str]:

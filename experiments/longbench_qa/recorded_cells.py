@@ -26,6 +26,10 @@ CELL_COLUMNS = ("path", "status", "reason", "n", "n_rows", "n_failed")
 NAMES = ("model", "method", "budget", "budget_kind", "dataset")
 """Columns that name a cell: model and method as in the cell's folder, with every option that is not at its default."""
 
+MADE_WITH = ("model", "data", "prompt", "environments")
+PLACES = ("dataset", "data_dir", "cache_dir", "prompts", "prompts_file")
+"""Keys of metrics.json, and of its `config`, that say what a cell was made with and where its prompts were."""
+
 FLAGS = ("truncated", "prefill_shared")
 LISTS = ("answers", "kept_by_layer", "answer_kept_heads")
 SAMPLE_COLUMNS = ("id", "score", "error", "prediction", *NUMBERS, *FLAGS, *LISTS)
@@ -53,7 +57,7 @@ def cell_folders(folder: Path) -> Iterator[Path]:
 
 
 def read_cell(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A cell's row of `Results.cells`, and its samples if they can be used."""
+    """A cell's row of `Results.cells`, and its samples if they can be used; then `provenance` is in the row too."""
     row: dict[str, Any] = {"path": str(folder), "reason": ""}
     try:
         # A run writes its samples before the metrics that count them: read in this order, what a run is at work on
@@ -68,13 +72,13 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise _UnreadableError(HALF_WRITTEN, "predictions.jsonl without metrics.json")
         if metrics is None:
             return row | {"status": INCOMPLETE, "reason": "nothing is recorded yet", "n": 0, "n_failed": 0}, []
-        row |= _counted(_object(metrics, "metrics.json"))
+        recorded = _object(metrics, "metrics.json")
+        row |= _counted(recorded)
         samples, cut_short = _samples(predictions or b"")
     except _UnreadableError as error:
         return row | {"status": error.status, "reason": str(error)}, []
-    metrics_status = row.pop("metrics_status")
     errors = [sample["error"] for sample in samples if sample["error"] is not None]
-    row |= {"n": len(samples) - len(errors), "n_failed": len(errors)}
+    row |= {"n": len(samples) - len(errors), "n_failed": len(errors), "provenance": _provenance(recorded)}
     missing = row["n_rows"] - len(samples)
     if missing > 0:
         reasons = [f"{missing} of {row['n_rows']} samples are missing"]
@@ -84,7 +88,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     elif errors:
         first = errors[0].partition("\n")[0]
         row |= {"status": FAILED, "reason": f"{len(errors)} of {len(samples)} samples failed, the first with {first}"}
-    elif metrics_status != COMPLETE:
+    elif recorded.get("status") != COMPLETE:
         row |= {"status": INCOMPLETE, "reason": "metrics.json is not over all samples yet"}
     else:
         more = f"{len(samples)} samples are recorded, {row['n_rows']} were asked for last"
@@ -149,7 +153,14 @@ def _counted(metrics: Mapping[str, Any]) -> dict[str, Any]:
     n_rows = metrics.get("n_rows")
     if type(n_rows) is not int or not 1 <= n_rows < 2**63 or not isinstance(metrics.get("budget_kind"), str):
         raise _UnreadableError(CORRUPT, "metrics.json lacks n_rows or budget_kind")
-    return {"n_rows": n_rows, "budget_kind": metrics["budget_kind"], "metrics_status": metrics.get("status")}
+    return {"n_rows": n_rows, "budget_kind": metrics["budget_kind"]}
+
+
+def _provenance(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`MADE_WITH` of metrics.json as recorded, and `PLACES` of its config: as much of them as there is."""
+    config = metrics.get("config")
+    places = {key: config[key] for key in PLACES if key in config} if isinstance(config, dict) else {}
+    return {key: metrics[key] for key in MADE_WITH if key in metrics} | {"config": places}
 
 
 def _samples(content: bytes) -> tuple[list[dict[str, Any]], bool]:

@@ -9,7 +9,7 @@ lock and writes nothing, so that it is safe beside a run.
 import argparse
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ class Results:
         samples: a row a recorded sample of the cells with status `HAS_SAMPLES`: `path` and `status` of its cell, what
             the cell is, and predictions.jsonl's keys (`effective.window_eff`, ... for the method's effective options).
             A failed sample has an `error` and no score.
+        provenance: {path: what metrics.json says the cell was made with}, of cells with status `HAS_SAMPLES`: the keys
+            `model`, `data`, `prompt` and `environments`, and of its `config` where data set and prompts were.
     """
 
     cells: pd.DataFrame
     samples: pd.DataFrame
+    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def load_results(*sources: str | Path) -> Results:
@@ -63,13 +66,15 @@ def load_results(*sources: str | Path) -> Results:
     cells: dict[Path, dict[str, Any]] = {}
     in_files: set[Path] = set()
     samples: list[pd.DataFrame] = []
+    provenance: dict[str, Mapping[str, Any]] = {}
     for source in dict.fromkeys(map(Path, sources)):
         if source.is_file():
-            found, of_source = read_parquet(source)
+            found, of_source, of_its_cells = read_parquet(source)
             of_file = {Path(cell["path"]).resolve(): cell for cell in found}
             _refuse_common(source, of_file.keys() & cells.keys())
             cells |= of_file
             in_files |= of_file.keys()
+            provenance |= of_its_cells
         else:
             paths = {path.resolve(): path for path in cell_folders(source)}
             if not paths:
@@ -77,6 +82,7 @@ def load_results(*sources: str | Path) -> Results:
             _refuse_common(source, paths.keys() & in_files)
             new = {key: read_cell(path) for key, path in paths.items() if key not in cells}
             cells |= {key: cell for key, (cell, _) in new.items()}
+            provenance |= {cell["path"]: cell.pop("provenance") for cell, _ in new.values() if "provenance" in cell}
             of_source = _frame([sample for _, of_cell in new.values() for sample in of_cell], ("path", *SAMPLE_COLUMNS))
         samples.append(_typed(of_source))
     of_cells = _frame(list(cells.values()), (*CELL_COLUMNS, *NAMES))
@@ -87,7 +93,7 @@ def load_results(*sources: str | Path) -> Results:
     of_samples = pd.concat(
         [what.reindex(of_samples["path"]).reset_index(), of_samples.drop(columns="path")], axis="columns"
     )
-    return Results(of_cells, of_samples)
+    return Results(of_cells, of_samples, provenance)
 
 
 def cell_means(
@@ -138,7 +144,7 @@ def to_parquet(results: Results, file: str | Path) -> None:
 
     Raises ValueError if it cannot be written, or pyarrow is not installed.
     """
-    write_parquet(results.cells, results.samples, Path(file))
+    write_parquet(results.cells, results.samples, results.provenance, Path(file))
 
 
 def print_cells(results: Results) -> None:

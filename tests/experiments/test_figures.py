@@ -191,6 +191,30 @@ def test_costs_are_medians_of_own_prefills_by_length_attention_method_and_budget
         cost_against_length(results, "score")
 
 
+def test_the_longest_prompt_of_a_model_splits_no_line_of_costs():
+    made = Study()
+    for length in (1000, 4000):
+        for attention in ("cab", "eager"):
+            costs = {"prompt_tokens": float(length), "prefill_ms": length / 10 * (1 + 9 * (attention == "eager"))}
+            what = {"model": f"m,dtype=float32,max_length={length}", "attention": attention, "prefill_shared": False}
+            made.add("h2o", "64", [1.0, 2.0], **costs, **what)
+    figure = cost_against_length(made.results())
+    assert figure is not None
+    assert drawn(figure) == {
+        "h2o 64, cab": ([1000, 4000], [100, 400]),
+        "h2o 64, eager": ([1000, 4000], [1000, 4000]),
+    }
+    assert figure.axes[0].get_yscale() == "log"
+    alone = cost_against_length(made.results(), attention="cab")
+    assert alone is not None and alone.axes[0].get_yscale() == "linear" and alone.axes[0].get_ylim()[0] == 0
+    other = made.add("h2o", "64", [1.0], model="n,max_length=1000", prompt_tokens=1000.0, prefill_ms=1.0,
+                     prefill_shared=False).results()  # fmt: skip
+    figure = cost_against_length(other)
+    assert figure is not None and set(drawn(figure)) == {
+        "h2o 64, cab, m,dtype=float32", "h2o 64, eager, m,dtype=float32", "h2o 64, cab, n"
+    }  # fmt: skip
+
+
 def test_a_point_a_cell_of_answer_kept():
     made = Study().add("h2o", "64", [10.0, 20.0], answer_kept=[0.2, None]).add("h2o", "256", [50.0, 60.0])
     made.add("h2o", "64", [0.0, 4.0], compress="after_context", answer_kept=[0.25, 0.5])

@@ -1,5 +1,7 @@
 """Results written as one Parquet file and read back: the same frames, whatever became of the cells."""
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,7 @@ def read_back(results: Results, file: Path) -> Results:
     read = load_results(file)
     assert_frame_equal(read.cells, results.cells)
     assert_frame_equal(read.samples, results.samples)
+    assert json.dumps(read.provenance) == json.dumps(results.provenance)
     return read
 
 
@@ -95,12 +98,44 @@ def test_a_file_without_any_sample_comes_back(folder: Path, tmp_path: Path, edit
     assert len(read.cells) == 3 and read.samples.empty
 
 
+def test_what_cells_were_made_with_comes_back_and_is_held_once(folder: Path, tmp_path: Path):
+    change("metrics.json", environments=[{"commit": "other"}])(folder / OTHER_CELLS[0])
+    cut("predictions.jsonl", 9)(folder / OTHER_CELLS[1])
+    twice(folder / H2O_CELL)
+    results = load_results(folder)
+    found = read_back(results, tmp_path / "results.parquet").provenance
+    assert set(found) == {str(folder / path) for path in OTHER_CELLS}
+    made = found[str(folder / OTHER_CELLS[0])]
+    assert made["environments"] == [{"commit": "other"}] and made["model"]["name"] == "tiny"
+    assert made["config"]["dataset"]["name"] == "demo_qa" and "wandb" not in made["config"]
+    both = load_results(folder, Path(shutil.copytree(folder, tmp_path / "again")))
+    to_parquet(both, tmp_path / "both.parquet")
+    import pyarrow.parquet
+
+    packed = json.loads(pyarrow.parquet.read_schema(tmp_path / "both.parquet").metadata[b"cab_attention.provenance"])
+    assert len(packed["distinct"]) == 2 and len(packed["of_cell"]) == len(both.cells) == 6
+    assert packed["of_cell"].count(None) == 2
+
+
+def test_a_file_of_before_there_was_provenance_is_read_without(folder: Path, tmp_path: Path):
+    results, file = load_results(folder), tmp_path / "old.parquet"
+    to_parquet(results, file)
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"cab_attention.results": str(FORMAT)}), file)
+    read = load_results(file)
+    assert_frame_equal(read.samples, results.samples)
+    assert len(results.provenance) == 3 and read.provenance == {}
+
+
 def test_every_reader_of_parquet_sees_samples_and_cells(folder: Path, tmp_path: Path):
     twice(folder / H2O_CELL)
     results = load_results(folder)
     to_parquet(results, tmp_path / "results.parquet")
     rows = pd.read_parquet(tmp_path / "results.parquet")
     assert set(rows.columns) == set(results.cells.columns) | set(results.samples.columns)
+    assert "metrics_status" not in rows and "provenance" not in rows
     [alone] = rows[rows["id"].isna()].to_dict("records")
     assert (alone["path"], alone["status"]) == (str(folder / H2O_CELL), CORRUPT)
     assert list(rows["score"].dropna()) == list(results.samples["score"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from experiments.longbench_qa.comparable import ComparableCell, budget_order
 from experiments.longbench_qa.comparison import Comparison
+from experiments.longbench_qa.figure_tables import length_groups, own_samples, select
 from experiments.longbench_qa.figures import (
     answer_kept_against_score,
     cost_against_length,
@@ -15,7 +16,9 @@ from experiments.longbench_qa.figures import (
     score_by_answer_kept,
 )
 from experiments.longbench_qa.recorded_cells import COMPLETE
+from experiments.longbench_qa.report.cost_table import CostTable, cost_table
 from experiments.longbench_qa.report.inline_svg import inline_svg
+from experiments.longbench_qa.report.setting_groups import SettingGroup, setting_groups
 from experiments.longbench_qa.results import Results
 
 if TYPE_CHECKING:
@@ -23,9 +26,13 @@ if TYPE_CHECKING:
 
 COSTS = {
     "prefill_ms": "time of the prefill",
-    "decode_ms_per_token": "time of a decode step",
+    "prefill_peak_bytes": "peak memory of the prefill",
     "total_peak_bytes": "peak memory",
+    "decode_ms_per_token": "time of a decode step",
+    "cache_bytes": "cache",
 }
+ONE_CELL = "there are not two complete cells that evict"
+ONE_BUDGET = "there is a single budget; the tables have its scores"
 MOST_LINES = 16  # of a figure of costs that can be told apart
 
 
@@ -45,8 +52,16 @@ class SettingFigures:
     setting: str
     scores: list[Drawn] = field(default_factory=list)
     quality: list[Drawn] = field(default_factory=list)
-    costs: list[Drawn] = field(default_factory=list)
     answer_kept: list[Drawn] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CostSection:
+    """What a group of settings cost."""
+
+    group: SettingGroup
+    table: CostTable
+    figures: Sequence[Drawn]
 
 
 def figures_of_settings(results: Results, comparison: Comparison) -> list[SettingFigures]:
@@ -63,14 +78,19 @@ def _figures(results: Results, prefix: str, setting: str, cells: Sequence[Compar
     figures = SettingFigures(setting)
     names = (f"{prefix}-{number}" for number in range(10**6))
     columns = list(dict.fromkeys(cell.column for cell in cells if not cell.is_full)) or [cells[0].column]
+    if len({cell.budget for cell in cells if not cell.is_full}) < 2:
+        figures.scores, figures.quality = [Drawn("", "", ONE_BUDGET)], [Drawn("", "", ONE_BUDGET)]
     groups = {column: [cell.path for cell in cells if cell.column == column] for column in columns}
     if len(columns) > 1:
         groups = {"average of the data sets": [path for paths in groups.values() for path in paths]} | groups
-    for title, paths in groups.items():
+    for title, paths in {} if figures.scores else groups.items():
         alt = f"Score from 0 to 100 with 95 % intervals against the budget, a line a method: {title}; {setting}."
         figures.scores.append(_draw(names, title, alt, partial(score_against_budget, results, path=paths)))
         alt = f"Score with 95 % intervals against the cache in MiB, and the Pareto front: {title}; {setting}."
         figures.quality.append(_draw(names, title, alt, partial(quality_against_cache, results, path=paths)))
+    if len([cell for cell in cells if not cell.is_full]) < 2:
+        figures.answer_kept = [Drawn("", "", ONE_CELL)]
+        return figures
     own = [path for column in columns for path in groups[column]]
     alt = f"Mean score of each cell against the share of the answer's tokens that survived; {setting}."
     figures.answer_kept.append(_draw(names, "Cells", alt, partial(answer_kept_against_score, results, path=own)))
@@ -78,17 +98,47 @@ def _figures(results: Results, prefix: str, setting: str, cells: Sequence[Compar
     figures.answer_kept.append(
         _draw(names, "Samples, by share kept", alt, partial(score_by_answer_kept, results, path=own))
     )
-    measured, at = _few_lines([cell for cell in cells if cell.path in own])
-    for value, name in COSTS.items():
-        title, alt = name + at, f"{name} against the tokens of the prompt{at}; {setting}."
-        drawn = _draw(names, title, alt, partial(cost_against_length, results, value, path=measured))
-        figures.costs += [drawn] if drawn.svg else []
     return figures
 
 
-def _few_lines(cells: Sequence[ComparableCell]) -> tuple[list[str], str]:
+def undrawn(figures: Sequence[SettingFigures], kind: str) -> dict[str, list[str]]:
+    """{why there is no figure: the settings without any in this section}."""
+    found: dict[str, list[str]] = {}
+    for of_setting in figures:
+        drawn = getattr(of_setting, kind)
+        if not any(one.svg for one in drawn):
+            for reason in dict.fromkeys(one.reason for one in drawn):
+                found.setdefault(reason, []).append(of_setting.setting)
+    return found
+
+
+def cost_sections(results: Results, comparison: Comparison) -> list[CostSection]:
+    """Of groups of settings in which anything was measured; with figures where prompts are of several lengths."""
+    found = []
+    for place, group in enumerate(setting_groups(results, comparison)):
+        table = cost_table(results, group.cells)
+        if table is not None:
+            found.append(CostSection(group, table, _costs(results, f"c{place}", group)))
+    return found
+
+
+def _costs(results: Results, prefix: str, group: SettingGroup) -> list[Drawn]:
+    names = (f"{prefix}-{number}" for number in range(10**6))
+    measured, at = _few_lines(results, group.cells)
+    samples = own_samples(select(results, path=measured))
+    if length_groups(samples["prompt_tokens"]).nunique() < 2:
+        return []
+    drawn = []
+    for value, name in COSTS.items():
+        title, alt = name + at, f"{name} against the tokens of the prompt{at}; {group.name}."
+        drawn.append(_draw(names, title, alt, partial(cost_against_length, results, value, path=measured)))
+    return [one for one in drawn if one.svg]
+
+
+def _few_lines(results: Results, cells: Sequence[ComparableCell]) -> tuple[list[str], str]:
     """Paths of cells that give as many lines as can be told apart, and in words what was chosen: one budget, or all."""
-    if len({(cell.method, cell.budget) for cell in cells}) <= MOST_LINES:
+    attention = dict(zip(results.cells["path"], results.cells["attention"], strict=True))
+    if len({(attention[cell.path], cell.method, cell.budget) for cell in cells}) <= MOST_LINES:
         return [cell.path for cell in cells], ""
     budgets = sorted({cell.budget for cell in cells if not cell.is_full}, key=budget_order)
     middle = budgets[len(budgets) // 2]

@@ -2,20 +2,22 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.longbench_qa.comparable import budget_order
-from experiments.longbench_qa.comparison import AMONG_BEST, BEST, Comparison
+from experiments.longbench_qa.comparison import AMONG_BEST, BEST, Comparison, Table
+from experiments.longbench_qa.figures import LOGARITHMIC
 from experiments.longbench_qa.recorded_cells import COMPLETE
 from experiments.longbench_qa.report import words
-from experiments.longbench_qa.report.figure_sections import figures_of_settings
+from experiments.longbench_qa.report.figure_sections import cost_sections, figures_of_settings, undrawn
 from experiments.longbench_qa.report.prompt_tails import first_tails
-from experiments.longbench_qa.report.provenance import made_with, metrics_of_cells
+from experiments.longbench_qa.report.provenance import made_with
 from experiments.longbench_qa.report.sample_browser import browser_data, to_script_json
+from experiments.longbench_qa.report.setting_groups import setting_groups
 from experiments.longbench_qa.results import Results
 
 HERE = Path(__file__).parent
@@ -23,7 +25,6 @@ HERE = Path(__file__).parent
 
 def render_page(results: Results, comparison: Comparison) -> str:
     """One HTML document that asks for nothing outside itself."""
-    metrics = metrics_of_cells(results)
     script = (HERE / "script.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -43,10 +44,13 @@ def render_page(results: Results, comparison: Comparison) -> str:
         statuses=_counts(results),
         remarks=_remarks(results, comparison),
         summary=_summary(comparison),
-        made_with=made_with(metrics.values()),
-        settings=_tables_by_setting(comparison),
+        made_with=made_with(results.provenance.values()),
+        table_groups=_tables_by_group(results, comparison),
         figures=figures_of_settings(results, comparison),
-        browser=to_script_json(browser_data(results, comparison.cells, _tails(results, comparison, metrics))),
+        undrawn=undrawn,
+        cost_axis=LOGARITHMIC,
+        cost_sections=cost_sections(results, comparison),
+        browser=to_script_json(browser_data(results, comparison.cells, _tails(results, comparison))),
     )
 
 
@@ -81,23 +85,25 @@ def _summary(comparison: Comparison) -> dict[str, Sequence[str]]:
     }
 
 
-def _tables_by_setting(comparison: Comparison) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for table in comparison.tables:
-        found.setdefault(table.setting, []).append(table)
+def _tables_by_group(results: Results, comparison: Comparison) -> dict[str, list[tuple[str, Table]]]:
+    """{setting, or what a group of settings has in common: its tables, each with what tells its setting apart}."""
+    found = {}
+    for group in setting_groups(results, comparison):
+        name = group.name if len(group.settings) > 1 else next(iter(group.settings))
+        found[name] = [
+            (told, table) for one, told in group.settings.items() for table in comparison.tables if table.setting == one
+        ]
     return found
 
 
-def _tails(
-    results: Results, comparison: Comparison, metrics: dict[str, dict[str, Any]]
-) -> dict[str, tuple[dict[str, str], str]]:
+def _tails(results: Results, comparison: Comparison) -> dict[str, tuple[dict[str, str], str]]:
     """{column: (prompt tails, why there are none)}; cells that say the same places are asked once."""
     hashes: Any = results.cells.set_index("path").reindex(columns=["data_sha256", "prompt_sha256"]).to_dict("index")
     tails = {}
     for column in dict.fromkeys(cell.column for cell in comparison.cells):
-        candidates: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, str]]] = {}
+        candidates: dict[tuple[str, ...], tuple[Mapping[str, Any], Mapping[str, str]]] = {}
         for cell in comparison.cells:
-            config = metrics.get(cell.path, {}).get("config")
+            config = results.provenance.get(cell.path, {}).get("config")
             if cell.column == column and config:
                 places = [str(config[key]) for key in ("data_dir", "cache_dir", "prompts", "prompts_file")]
                 candidates.setdefault(tuple(places), (config, hashes[cell.path]))

@@ -19,7 +19,7 @@ def prompt_tails(config: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[s
     """{sample id: the last 600 characters of the filled prompt}, without the model's chat template; no network is used.
 
     Args:
-        config: what a cell was run with, as its metrics.json has it: where its rows and its template were.
+        config: of a cell's `Results.provenance`: where its rows and its template were.
         hashes: `data_sha256` and `prompt_sha256` of the cell.
 
     Raises NotHereError if rows or template are not on this machine, or are not those of the record.

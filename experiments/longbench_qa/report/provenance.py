@@ -1,14 +1,9 @@
 """What the results were made with, as the cells' metrics.json say."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from experiments.longbench_qa.recorded_cells import HAS_SAMPLES
-from experiments.longbench_qa.results import Results
 
 
 @dataclass(frozen=True)
@@ -20,17 +15,10 @@ class MadeWith:
     environments: Mapping[str, int]
 
 
-def metrics_of_cells(results: Results) -> dict[str, dict[str, Any]]:
-    """{path: metrics.json} of the cells that have one that can be read."""
-    readable = results.cells[results.cells["status"].isin(HAS_SAMPLES)]
-    files = {path: Path(path) / "metrics.json" for path in readable["path"]}
-    return {path: json.loads(file.read_text(encoding="utf-8")) for path, file in files.items() if file.is_file()}
-
-
-def made_with(metrics: Iterable[Mapping[str, Any]]) -> MadeWith:
-    """Of these metrics.json, most frequent first."""
+def made_with(provenance: Iterable[Mapping[str, Any]]) -> MadeWith:
+    """Of the cells with this provenance (`Results.provenance`), most frequent first."""
     models, data, environments = Counter[str](), Counter[str](), Counter[str]()
-    for of_cell in metrics:
+    for of_cell in provenance:
         models.update(map(_model, _objects([of_cell.get("model")])))
         dataset = of_cell.get("config", {}).get("dataset", {}).get("name", "?")
         rows, prompt = (_objects([of_cell.get(key)]) for key in ("data", "prompt"))
