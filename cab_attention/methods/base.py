@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
@@ -54,6 +53,13 @@ class CachedKeys:
     sample_ids: tuple[str, ...] = ("",)
     ranks: HeadRanks | None = None
     computed_once: dict[str, Any] | None = None
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def _kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, once an object. (functools.cached_property takes a lock, which torch.compile cannot trace.)"""
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """`compute()`, or what it gave another such method: it must not depend on the budget."""
@@ -63,26 +69,26 @@ class CachedKeys:
             self.computed_once[name] = compute()
         return self.computed_once[name]
 
-    @cached_property
+    @property
     def valid(self) -> Tensor:
         """Bool [B, G, K]: the slot holds a key."""
-        return self.positions >= 0
+        return self._kept("valid", lambda: self.positions >= 0)
 
-    @cached_property
+    @property
     def count(self) -> Tensor:
         """int64 [B, G, 1]: keys present."""
-        return self.valid.sum(-1, keepdim=True)
+        return self._kept("count", lambda: self.valid.sum(-1, keepdim=True))
 
-    @cached_property
+    @property
     def from_start(self) -> Tensor:
         """int64 [B, G, K]: 0 for the oldest key present, negative for an empty slot."""
-        return self.from_end.neg() + self.count - 1
+        return self._kept("from_start", lambda: self.from_end.neg() + self.count - 1)
 
-    @cached_property
+    @property
     def from_end(self) -> Tensor:
         """int64 [1, 1, K]: 0 for the newest key."""
-        n_keys = self.positions.shape[-1]
-        return torch.arange(n_keys - 1, -1, -1, device=self.positions.device)[None, None]
+        device, last = self.positions.device, self.positions.shape[-1] - 1
+        return self._kept("from_end", lambda: torch.arange(last, -1, -1, device=device)[None, None])
 
     def observed(self) -> Tensor:
         """`scores`, for methods that rank by them."""
