@@ -311,3 +311,12 @@ def test_a_typo_is_refused_by_hydra(override: str):
 
     with pytest.raises(ConfigCompositionException):
         composed(override)
+
+
+@pytest.mark.parametrize("key", ["device_map", "tp_plan"])
+def test_random_weights_over_several_gpus_are_another_model(key: str):
+    """They are drawn where they lie; a checkpoint's are the same everywhere."""
+    one, several = (cell("model=random", *more) for more in ([], [f"model.{key}=auto"]))
+    assert several.folder != one.folder and several.identity() != one.identity()
+    one, several = (cell("model=qwen2.5-7b-instruct", *more) for more in ([], [f"model.{key}=auto"]))
+    assert several.folder == one.folder and several.identity() == one.identity()

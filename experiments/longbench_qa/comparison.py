@@ -1,5 +1,6 @@
 """The comparison tables of a paper: for each setting and budget a row a method, a column a data set, the average."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,13 +8,14 @@ from experiments.longbench_qa.comparable import ComparableCell, LeftOut, budget_
 from experiments.longbench_qa.dataset_average import average_difference, average_interval
 from experiments.longbench_qa.results import Results
 from experiments.longbench_qa.significance import (
-    RESAMPLES,
+    FLIPS,
     SIGNIFICANCE,
     Mean,
     PairedDifference,
     compare_with_best,
     holm,
     mean_interval,
+    n_pairs,
 )
 
 AVERAGE = "average"
@@ -53,7 +55,7 @@ class Table:
 
     Attributes:
         n: {data set: samples}, in the columns' order. `AVERAGE` is a further column where there are several data sets.
-        n_comparisons: that Holm's correction is over.
+        n_comparisons: that Holm's correction is over: each column's pairs of methods.
     """
 
     setting: str
@@ -70,7 +72,7 @@ class Table:
     @property
     def is_resolved(self) -> bool:
         """The least p-value that the random sign flips can give stays significant when corrected."""
-        return self.n_comparisons <= SIGNIFICANCE * (RESAMPLES + 1)
+        return self.n_comparisons <= SIGNIFICANCE * (FLIPS + 1)
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def compare(results: Results, seed: int = 0) -> Comparison:
     A column is a data set that a method has a cell for at this budget, whatever became of it. The average is the plain
     mean over the columns, of methods that are complete in all of them. In each column the method with the highest score
     is the best, and every other one is compared with it on the same samples (`compare_with_best`,
-    `average_difference`). Holm's correction is over all comparisons of a table together, the average's included, not
-    by column: at most 5 % of such tables call any method worse than the best that is not. The full cache is a
+    `average_difference`). Holm's correction is over a whole table, the average's column included, and in each column
+    over all pairs of methods, since any of them could have come out best. The full cache is a
     reference at the top of every table of its setting, without a mark, and not compared. Methods with several seeds
     have a row for each; nothing is averaged over seeds.
     """
@@ -157,12 +159,14 @@ def _mark(entries: Mapping[str, dict[str, Entry]]) -> int:
         for column, entry in of_method.items()
         if entry.to_best is not None
     ]
-    corrected = holm([to_best.p_value for *_, to_best in compared])
+    in_columns = Counter(column for of_method in entries.values() for column in of_method)
+    n_comparisons = sum(map(n_pairs, in_columns.values()))
+    corrected = holm([to_best.p_value for *_, to_best in compared], n_comparisons)
     for (of_method, column, entry, to_best), p_holm in zip(compared, corrected, strict=True):
         equal = abs(to_best.difference.mean) < EQUAL
         mark = BEST if equal else AMONG_BEST if p_holm > SIGNIFICANCE else ""
         of_method[column] = Entry(entry.score, to_best, p_holm, mark)
-    return len(compared)
+    return n_comparisons
 
 
 def _without_marks(scores: Mapping[str, Mapping[str, float]], columns: Sequence[str], seed: int) -> dict[str, Entry]:

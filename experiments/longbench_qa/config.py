@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 WANDB_MODES = ("offline", "online", "disabled")
 PLANS = ("show", "only")
 DIAGNOSTICS = ("null", "kept_map")
-PLACES = ("device", "device_map", "tp_plan")  # of a model: they change its rounding at most
+PLACES = ("device", "device_map", "tp_plan")  # of a model: where it lies
 AXES = ("compress", "first_token", "truncate", "chat_template", "prefill_chunk")  # of the protocol, named as in a Cell
 
 
@@ -63,7 +63,8 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where the cell's records lie: MODEL/METHOD/bBUDGET/DATASET, with whatever differs from its default."""
-        model = _named(str(self.model.name), dtype=self.model.dtype, max_length=self.model.max_length)
+        options = dict(dtype=self.model.dtype, max_length=self.model.max_length)
+        model = _named(str(self.model.name), **options, **_drawn_in_parts(self.model))
         method = _named(self.method.name, **_changed_options(self.method))
         axes: dict[str, Any] = {"attention": self.attention} if self.attention != AttentionConfig.name else {}
         axes |= {key: getattr(self, key) for key in AXES if getattr(self, key) != getattr(RunConfig, key)}
@@ -87,7 +88,8 @@ class Cell:
         A prompts file is known by its text's sha256, which `OpenCell` adds, not by its place.
         """
         return {
-            "model": {key: value for key, value in asdict(self.model).items() if key not in PLACES},
+            "model": {key: value for key, value in asdict(self.model).items() if key not in PLACES}
+            | _drawn_in_parts(self.model),
             "method": {"name": self.method.name, **asdict(self.method)},
             "dataset": asdict(self.dataset),
             "attention": self.attention,
@@ -98,6 +100,12 @@ class Cell:
     def full_config(self) -> dict[str, Any]:
         """Everything that was configured, for the record."""
         return asdict(self) | {"method": {"name": self.method.name, **asdict(self.method)}}
+
+
+def _drawn_in_parts(model: ModelConfig) -> dict[str, str]:
+    """Random weights are drawn where they lie, so that over several GPUs they are another model's."""
+    spread = {key: getattr(model, key) for key in PLACES[1:]}
+    return {key: value for key, value in spread.items() if value is not None and model.kind == "random"}
 
 
 def build_cell(config: DictConfig) -> Cell:

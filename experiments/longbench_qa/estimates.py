@@ -23,23 +23,43 @@ class Time:
     at_least: bool
 
 
-def time_left(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], n_prefills: int, n_decodes: int, here: str
-) -> Time | None:
-    """What so many prefills and answers take at the mean of the finished samples, by the device they were made on.
+@dataclass(frozen=True)
+class CellTime:
+    """What a cell's finished samples took on a device (None: on several), and how many it lacks."""
 
-    Samples of the device `here` count, or else those of the one that made most; None if there are none.
+    device: str | None
+    finished: Sequence[Mapping[str, Any]]
+    n_missing: int
+
+
+def time_left(cells: Sequence[CellTime], n_prefills: int, here: str) -> Time | None:
+    """What so many prefills and the missing answers take at the mean of the finished samples.
+
+    Samples of the device `here` count, or else those of the one that made most; None if there are none. An answer takes
+    what the cell's own do: methods differ in their decode steps. A cell without any counts as the mean of the others.
     """
-    made = {device: found for device, found in samples.items() if found}
+    made: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell.device is not None and cell.finished:
+            made.setdefault(cell.device, []).extend(cell.finished)
     if not made:
         return None
     device = here if here in made else max(made, key=lambda name: len(made[name]))
     prefills = [sample["prefill_ms"] for sample in made[device] if sample["prefill_ms"] is not None]
-    steps = [(sample["decode_ms_per_token"], sample["generated_tokens"] - 1) for sample in made[device]]
-    decode_ms = sum(ms * n for ms, n in steps if ms is not None) / len(steps)
     prefill_ms = sum(prefills) / len(prefills) if prefills else 0.0
-    seconds = (n_prefills * prefill_ms + n_decodes * decode_ms) / 1e3
+    of_all = _decode_ms(made[device])
+    answers_ms = sum(
+        cell.n_missing * (_decode_ms(cell.finished) if cell.device == device and cell.finished else of_all)
+        for cell in cells
+    )
+    seconds = (n_prefills * prefill_ms + answers_ms) / 1e3
     return Time(seconds, device, at_least=not prefills and n_prefills > 0)
+
+
+def _decode_ms(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Mean time of a sample's decode steps."""
+    steps = [(sample["decode_ms_per_token"], sample["generated_tokens"] - 1) for sample in samples]
+    return sum(ms * n for ms, n in steps if ms is not None) / len(steps)
 
 
 def device_here(cell: Cell) -> str:
@@ -60,7 +80,8 @@ def device_of(metrics: Mapping[str, Any]) -> str | None:
 def peak_bytes(groups: Collection[Sequence[Cell]], longest_prompt: str) -> int | None:
     """Weights, KV cache and eager attention's N x N at this prompt, for the group that needs most.
 
-    The other activations are left out. Cells of a group hold their caches beside each other, and beside the layer that
+    A lower bound, over all GPUs: the other activations are left out, and with `after_context` what follows the context,
+    which is kept too. Cells of a group hold their caches beside each other, and beside the layer that
     is being cut. None if the model's config or tokenizer is not on this machine, or does not say what is needed.
     """
     cell = next(iter(groups))[0]
@@ -78,7 +99,7 @@ def peak_bytes(groups: Collection[Sequence[Cell]], longest_prompt: str) -> int |
     per_layer = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * itemsize
 
     def kept(cell: Cell) -> int:
-        if not cell.method.evicts or cell.compress == "after_context":  # what follows the context is kept as well
+        if not cell.method.evicts:
             return n_tokens
         return min(n_tokens, cell.method.parsed_budget.tokens(n_tokens) + cell.dataset.max_new_tokens)
 

@@ -1,6 +1,7 @@
 """What a run will do, printed before it does it: cells, samples, what is recorded already, what the rest will take.
 
-Nothing is loaded, written, downloaded or locked for it, so that a plan can be made beside a run.
+Nothing is loaded, written or locked for it, nor downloaded unless the run that follows would, so that a plan can be
+made beside a run.
 """
 
 import json
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import BUILT_IN, load_data
-from experiments.longbench_qa.estimates import Time, device_here, device_of, peak_bytes, time_left
+from experiments.longbench_qa.estimates import CellTime, Time, device_here, device_of, peak_bytes, time_left
 from experiments.longbench_qa.open_cell import OpenCell
 from experiments.longbench_qa.prompts import fill_template, load_prompt
 from experiments.longbench_qa.recorded_cells import HAS_SAMPLES, read_cell
@@ -82,12 +83,9 @@ class Line:
             return None
         if not n_decodes:
             return Time(0.0, here, at_least=False)
-        samples: dict[str, list[dict[str, Any]]] = {}
-        for plan in self.plans:
-            if (device := device_of(plan.metrics)) is not None:
-                samples.setdefault(device, []).extend(plan.finished.values())
         n_prefills = sum(len(frozenset().union(*(plan.missing for plan in group))) for group in self.groups)
-        return time_left(samples, n_prefills, n_decodes, here)
+        cells = [CellTime(device_of(p.metrics), list(p.finished.values()), len(p.missing)) for p in self.plans]
+        return time_left(cells, n_prefills, here)
 
     @property
     def peak(self) -> str:
@@ -98,7 +96,7 @@ class Line:
         if not longest:
             return UNKNOWN
         estimated = peak_bytes([[plan.cell for plan in group] for group in self.groups], max(longest, key=len))
-        return UNKNOWN if estimated is None else f"{_size(estimated)} estimated"
+        return UNKNOWN if estimated is None else f"at least {_size(estimated)}"
 
 
 def print_plan(groups: Collection[Mapping[int, Cell]], *, download: bool) -> None:
@@ -140,7 +138,7 @@ def print_plan(groups: Collection[Mapping[int, Cell]], *, download: bool) -> Non
     print(f"finished: {sum(len(plan.finished) for plan in plans)}")
     print(f"failed, and not tried again: {sum(len(plan.failed) for plan in plans)}")
     print(f"time left: {_total([line.time for line in lines])}")
-    print("peak memory: an estimate is of weights, KV cache and eager's N x N, not of the other activations")
+    print("peak memory: where nothing is measured weights, KV cache and eager's N x N alone, over all GPUs")
     for reason in sorted({plan.inputs for plan in plans if isinstance(plan.inputs, str)}):
         print(f"{UNKNOWN}: {reason}")
     for plan in plans:

@@ -78,12 +78,17 @@ class SharedPrefillLauncher(Launcher):
         log.info(f"Running {len(cells)} cells in {len(together)} groups, each group from shared prefills")
         for number in cells:
             log.info(f"\t#{number} : {' '.join(filter_overrides(job_overrides[number - initial_job_idx]))}")
-        sweep_cells(cells.values())
-        for number, result in self.run_groups(together):
+        own = self.own_groups(together)
+        sweep_cells(cell for group in own for cell in group.values())
+        for number, result in self.run_groups(own):
             if isinstance(result, Exception):
                 jobs[number].return_value, jobs[number].status = result, JobStatus.FAILED
                 _tell(jobs[number])
         return list(jobs.values())
+
+    def own_groups(self, together: "Sequence[dict[int, Cell]]") -> "Sequence[dict[int, Cell]]":
+        """The groups that this process is to run, or have run: all of the sweep's."""
+        return together
 
     def run_groups(self, together: "Sequence[dict[int, Cell]]") -> "Iterator[tuple[int, Metrics | Exception]]":
         """Run the groups of numbered cells, one after the other; each cell's metrics, or what went wrong with it."""

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -11,7 +11,6 @@ from hydra.core.config_store import ConfigStore
 from hydra_plugins.hydra_shared_prefill_launcher.shared_prefill_launcher import SharedPrefillLauncher
 
 if TYPE_CHECKING:
-    from experiments.longbench_qa.cell import Metrics
     from experiments.longbench_qa.config import Cell
 
 
@@ -35,8 +34,8 @@ class ArrayTaskLauncher(SharedPrefillLauncher):
         self.task = int(number) if task is None and number else task
         self.tasks = tasks
 
-    def run_groups(self, together: "Sequence[dict[int, Cell]]") -> "Iterator[tuple[int, Metrics | Exception]]":
-        """Run the task's group. Another number of groups than the array was made for is refused: some would not run."""
+    def own_groups(self, together: "Sequence[dict[int, Cell]]") -> "Sequence[dict[int, Cell]]":
+        """The task's group. Another number of groups than the array was made for is refused: some would not run."""
         if self.task is None:
             _refuse("needs SLURM_ARRAY_TASK_ID or hydra.launcher.task=N")
         if self.tasks is not None and self.tasks != len(together):
@@ -46,7 +45,7 @@ class ArrayTaskLauncher(SharedPrefillLauncher):
         if not 0 <= self.task < len(together):
             _refuse(f"task {self.task}, the sweep has {len(together)} groups, from 0")
         print(f"task {self.task}: {len(together[self.task])} cells", flush=True)
-        yield from super().run_groups([together[self.task]])
+        return [together[self.task]]
 
 
 def _refuse(reason: str) -> NoReturn:

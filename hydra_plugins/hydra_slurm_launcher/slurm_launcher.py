@@ -43,7 +43,6 @@ class SlurmLauncherConf:
 
 ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmLauncherConf)
 LEAST = {"timeout_min": 1, "signal_delay_s": 0, "max_num_timeout": 0, "gpus": 0, "cpus": 1, "array_parallelism": 1}
-LEAST = {"timeout_min": 1, "signal_delay_s": 0, "max_num_timeout": 0, "gpus": 0, "cpus": 1, "array_parallelism": 1}
 
 
 class SlurmLauncher(JobsLauncher):

@@ -180,7 +180,7 @@ def test_a_table_of_more_comparisons_than_the_test_resolves_says_so():
     cells = [cell(f"m{i}", "one", [i, i + 1]) for i in range(3)]
     [table] = compared(*cells).tables
     assert table.is_resolved
-    assert not Table("s", "64", {"one": 2}, [], 501).is_resolved and Table("s", "64", {"one": 2}, [], 500).is_resolved
+    assert not Table("s", "64", {"one": 2}, [], 1001).is_resolved and Table("s", "64", {"one": 2}, [], 1000).is_resolved
 
 
 def test_the_average_of_one_data_set_is_its_mean_and_of_several_resamples_each():

@@ -1,5 +1,6 @@
 """A plan says what is there and what is missing, changes nothing, and estimates from what was measured alone."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from cab_attention import H2O, TOVA, Full, StreamingLLM
 from experiments.longbench_qa.cell_metrics import cell_metrics
 from experiments.longbench_qa.config import Cell
 from experiments.longbench_qa.data import load_data
-from experiments.longbench_qa.estimates import Time, device_of, peak_bytes, time_left
+from experiments.longbench_qa.estimates import CellTime, Time, device_of, peak_bytes, time_left
 from experiments.longbench_qa.in_process import groups
 from experiments.longbench_qa.memory import EAGER_BYTES
 from experiments.longbench_qa.models import load
@@ -152,7 +153,7 @@ def test_data_that_are_not_there_are_not_downloaded(tmp_path: Path, capsys: pyte
 
 def test_a_measured_peak_comes_before_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cell = demo_cell(tmp_path)
-    assert "MiB estimated" in plan_of(capsys, cell)["table"]
+    assert re.search(r"at least [0-9.]+ MiB", plan_of(capsys, cell)["table"])
     record(cell, sample(ids(cell)[0]), device="cuda:0", gpu="NVIDIA H200", peak=3 * 2**30)
     plan = plan_of(capsys, cell)
     assert "3.0 GiB measured so far" in plan["table"]
@@ -161,12 +162,18 @@ def test_a_measured_peak_comes_before_an_estimate(tmp_path: Path, capsys: pytest
 
 def test_time_is_of_one_device():
     slow = [sample(str(number), prefill_ms=4000.0) for number in range(9)]
-    made = {"CPU": slow, "NVIDIA H200": [sample("a")]}
-    assert time_left(made, 1, 1, "NVIDIA H200") == Time(0.8, "NVIDIA H200", at_least=False)
-    assert time_left(made, 1, 1, "other") == Time(4.4, "CPU", at_least=False)
-    assert time_left({"CPU": []}, 1, 1, "CPU") is None
-    made = {"CPU": [sample("a", prefill_ms=None)]}
-    assert time_left(made, 1, 2, "CPU") == Time(0.8, "CPU", at_least=True)
+    made = [CellTime("CPU", slow, 1), CellTime("NVIDIA H200", [sample("a")], 0)]
+    assert time_left(made, 1, "NVIDIA H200") == Time(0.8, "NVIDIA H200", at_least=False)
+    assert time_left(made, 1, "other") == Time(4.4, "CPU", at_least=False)
+    assert time_left([CellTime("CPU", [], 1), CellTime(None, slow, 1)], 1, "CPU") is None
+    made = [CellTime("CPU", [sample("a", prefill_ms=None)], 2)]
+    assert time_left(made, 1, "CPU") == Time(0.8, "CPU", at_least=True)
+
+
+def test_an_answer_takes_what_those_of_its_own_cell_took():
+    slow = sample("a") | {"decode_ms_per_token": 1000.0}
+    made = [CellTime("CPU", [slow], 3), CellTime("CPU", [sample("a")], 0), CellTime("CPU", [], 1)]
+    assert time_left(made, 0, "CPU") == Time(3 * 4.0 + (4.0 + 0.4) / 2, "CPU", at_least=False)
 
 
 @pytest.mark.parametrize(

@@ -234,12 +234,13 @@ def test_an_array_task_runs_its_group_alone(tmp_path: Path, monkeypatch: pytest.
     ran: list = []
     monkeypatch.setattr(in_process, "run_together", lambda group: ran.append(group) or {key: {} for key in group})
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert dict(launcher("hydra/launcher=array_task", "hydra.launcher.tasks=2").run_groups(groups)) == {1: {}, 2: {}}
+    task_launcher = launcher("hydra/launcher=array_task", "hydra.launcher.tasks=2")
+    assert dict(task_launcher.run_groups(task_launcher.own_groups(groups))) == {1: {}, 2: {}}
     assert ran == [groups[1]]
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     for task, tasks in ((None, None), (2, None), (-1, None), (1, 3)):
         with pytest.raises(SystemExit):
-            list(ArrayTaskLauncher(task, tasks).run_groups(groups))
+            ArrayTaskLauncher(task, tasks).own_groups(groups)
     assert len(ran) == 1
 
 

@@ -1,7 +1,7 @@
 """What the tables say about themselves, the same on the page, in Markdown and in LaTeX."""
 
 from experiments.longbench_qa.comparison import AVERAGE, Entry, Table
-from experiments.longbench_qa.significance import RESAMPLES
+from experiments.longbench_qa.significance import FLIPS
 
 
 def title(table: Table) -> str:
@@ -22,11 +22,11 @@ def caption(table: Table) -> list[str]:
     elif table.n_comparisons:
         told.append(
             f"Test: paired sign flips on the same samples against the best of the column, at 5 % with Holm's "
-            f"correction over the {table.n_comparisons} comparisons of the table."
+            f"correction over the {table.n_comparisons} pairs of methods in the table's columns."
         )
     if not table.is_resolved:
         told.append(
-            f"These are more comparisons than {RESAMPLES} sign flips can resolve: no difference can be significant."
+            f"These are more comparisons than {FLIPS} sign flips can resolve: no difference can be significant."
         )
     return told
 
