@@ -18,6 +18,7 @@ from cab_attention.generated_text import GeneratedText
 from cab_attention.text_generation import TextGenerator, load_text_generator
 
 LENGTHS = (128, 256, 512, 1024)  # of prompts, in tokens
+NEW_TOKENS = 16
 MEMORY = [
     "implementation",
     "device",
@@ -68,7 +69,7 @@ class AttentionBenchmark:
         text: str,
         *,
         prompt_tokens: int | None = None,
-        max_tokens: int = 16,
+        max_tokens: int = NEW_TOKENS,
         stop_at_end: bool = False,
         repeats: int = 3,
     ) -> BenchmarkRecord:
@@ -122,11 +123,13 @@ class AttentionBenchmark:
         sequence_lengths: Sequence[int] = LENGTHS,
         **options: Any,
     ) -> pandas.DataFrame:
-        """A row a prompt length; options as in `benchmark_implementation`."""
-        lengths = list(sequence_lengths)
-        return as_frame(
-            [self.benchmark_implementation(implementation, text, prompt_tokens=n, **options) for n in lengths]
-        )
+        """A row a prompt length; options as in `benchmark_implementation`.
+
+        Raises ValueError, before anything runs, if the longest does not fit.
+        """
+        name, lengths = self._checked(implementation), list(sequence_lengths)
+        self.generator.check_room(max(lengths, default=0), options.get("max_tokens", NEW_TOKENS))
+        return as_frame([self.benchmark_implementation(name, text, prompt_tokens=n, **options) for n in lengths])
 
     def scaling(
         self,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
-ALLOWED = "a token count (int >= 1), a fraction of the prompt (float in (0, 1)), or 'full' (also 1.0)"
+LARGEST = 2**31 - 1  # tokens, and any other integer of a method: they become entries of tensors
+ALLOWED = "a token count (int >= 1 and < 2**31), a fraction of the prompt (float in (0, 1)), or 'full' (also 1.0)"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Budget:
             return budget
         if budget == "full" or (isinstance(budget, float) and budget == 1.0):
             return cls("full", None)
-        if isinstance(budget, Integral) and not isinstance(budget, bool) and budget >= 1:
+        if isinstance(budget, Integral) and not isinstance(budget, bool) and 1 <= budget <= LARGEST:
             return cls("tokens", int(budget))
         if isinstance(budget, Real) and not isinstance(budget, Integral) and 0 < budget < 1:
             return cls("fraction", float(budget))

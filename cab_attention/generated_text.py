@@ -1,6 +1,7 @@
 """A generated text with what it took, and the stream of its pieces."""
 
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -70,6 +71,17 @@ class TextStream(Iterator[str]):
         self.result: GeneratedText | None = None
 
     def __next__(self) -> str:
+        while not (piece := self._step()):
+            pass
+        return piece
+
+    def steps(self) -> Iterator[str]:
+        """The same, but back after every token, with "" where it completes no text."""
+        with suppress(StopIteration):
+            while True:
+                yield self._step()
+
+    def _step(self) -> str:
         if self._pieces is None:
             raise StopIteration
         try:

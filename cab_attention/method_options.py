@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cab_attention import methods
-from cab_attention.budget import ALLOWED
+from cab_attention.budget import ALLOWED, LARGEST
 from cab_attention.methods.base import Method
 
 NOTHING = ("none", "null")
@@ -94,7 +94,7 @@ def _fits(value: Any, kind: Any) -> bool:
     allowed = get_args(kind) or (kind,)
     if isinstance(value, bool):
         return bool in allowed
-    return isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+    return isinstance(value, allowed) or (float in allowed and isinstance(value, int) and abs(value) <= LARGEST)
 
 
 def _described(kind: Any) -> str:

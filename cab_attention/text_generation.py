@@ -57,8 +57,10 @@ class TextGenerator:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids, special tokens as the tokenizer adds them; ids are taken as they are.
 
-        Raises ValueError for an empty prompt, or ids that the model does not have.
+        Raises ValueError for an empty prompt, a text that is no Unicode, or ids that the model does not have.
         """
+        if isinstance(prompt, str):
+            check_unicode(prompt)
         ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty: it has no token")
@@ -106,7 +108,7 @@ class TextGenerator:
             raise ValueError(f"stop={stop!r}, allowed is a list of strings")
         pieces = TextPieces(self.tokenizer, stop)
         ids = self.encode(prompt)
-        self._check_room(len(ids), max_tokens)
+        self.check_room(len(ids), max_tokens)
         name = str(implementation)
         self._check_implementation(name, method)
         self._begin()
@@ -121,7 +123,8 @@ class TextGenerator:
             self._end()
         return TextStream(self._run(ids, name, method, cache, max_tokens, Sampler(sampling), pieces))
 
-    def _check_room(self, n_prompt: int, max_tokens: int) -> None:
+    def check_room(self, n_prompt: int, max_tokens: int) -> None:
+        """Raise ValueError unless a prompt of so many tokens leaves room for `max_tokens`."""
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens!r}, allowed is an integer >= 1")
         if self.context_length is not None and n_prompt + max_tokens > self.context_length:
@@ -169,8 +172,7 @@ class TextGenerator:
             kept = held_positions(cache, len(ids))
             while True:
                 token_ids.append(token)
-                if token not in ends and (piece := pieces.add(token)):
-                    yield piece
+                yield "" if token in ends else pieces.add(token)
                 if token in ends or pieces.stopped or len(token_ids) == max_tokens:
                     break
                 token, ms = self._next([token], name, cache, sampler)
@@ -208,6 +210,12 @@ class TextGenerator:
         if output.past_key_values is not cache:
             raise RuntimeError(f"{type(self.model).__name__} went on with a cache of its own: nothing would be evicted")
         return sampler.draw(output.logits[0, -1]), (time.perf_counter() - started) * 1e3
+
+
+def check_unicode(prompt: str) -> None:
+    """Raise ValueError for a text that no encoding can hold."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt is not valid Unicode: it has half of a surrogate pair")
 
 
 def load_text_generator(

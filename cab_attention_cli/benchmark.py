@@ -38,6 +38,12 @@ def benchmark(
         check_plot_file(plot)
     quiet()
     made = AttentionBenchmark(model, device=checked_device(device))
+    room = made.generator.context_length
+    if room is not None and max_tokens + new_tokens > room:
+        raise ValueError(
+            f"--max-tokens {max_tokens} and --new-tokens {new_tokens} do not fit into the model's context of {room} "
+            "tokens"
+        )
     frame = made.scaling(prompt, lengths, max_tokens=new_tokens, repeats=repeats)
     console = new_console()
     first = frame.iloc[0]

@@ -13,14 +13,21 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, or a built-in one if there is neither text nor file. Raises ValueError for both, or none in it."""
+    """The prompt, or a built-in one if there is neither text nor file. Raises ValueError for both, or no text."""
     if text is not None and file is not None:
         raise ValueError("--text and --file are both given: give one of them")
     if text is None and file is None:
         from cab_attention.builtin_demo import demo_prompt
 
         return demo_prompt()
-    prompt = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read() if text == "-" else str(text)
+    try:
+        if file is not None:
+            prompt = file.read_text(encoding="utf-8")
+        else:
+            prompt = sys.stdin.read() if text == "-" else str(text)
+        prompt.encode()  # of an argument, bytes that cannot be decoded are half surrogates
+    except UnicodeError:
+        raise ValueError("the prompt is not valid UTF-8") from None
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     return prompt

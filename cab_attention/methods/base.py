@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from cab_attention.budget import Budget
+from cab_attention.budget import LARGEST, Budget
 from cab_attention.tensor_parallel import HeadRanks
 
 Granularity = Literal["head", "layer", "model"]
@@ -182,10 +182,12 @@ class Method(ABC):
         return cached.budget
 
 
-def at_least(method: str, option: str, value: int, minimum: int) -> None:
+def at_least(method: str, option: str, value: int, minimum: int, maximum: int = LARGEST) -> None:
     """Raise ValueError unless an integer option is in range."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{method}: {option}={value!r}, allowed is an integer >= {minimum}")
+    if value > maximum:
+        raise ValueError(f"{method}: {option}={value!r}, allowed is an integer <= {maximum}")
 
 
 def one_of(method: str, option: str, value: object, allowed: tuple[object, ...], why: str = "") -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from cab_attention.methods.base import CachedKeys, Granularity, Method, at_least
 
+MOST_FUTURE = 2**16  # a rotation is made for each of these positions
+
 
 @dataclass(frozen=True)
 class ExpectedAttention(Method):
@@ -20,7 +22,7 @@ class ExpectedAttention(Method):
     covariance, as in the authors' kvpress 0.5.5. At most half the budget is sinks; what of the first tokens is then
     no sink competes. A model that scales its logits otherwise than by sqrt(D) keeps its scale; caps are left out. The
     paper also adds 0.02 to the normalised weights and lets heads share a budget; kvpress by default does neither. One
-    cut, after the prompt.
+    cut, after the prompt. `n_future` is 65,536 at most.
     """
 
     name: ClassVar = "expected_attention"
@@ -32,7 +34,7 @@ class ExpectedAttention(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self.name, "n_future", self.n_future, 1)
+        at_least(self.name, "n_future", self.n_future, 1, MOST_FUTURE)
         at_least(self.name, "sinks", self.sinks, 0)
 
     def effective(self, budget_tokens: int) -> dict[str, int]:

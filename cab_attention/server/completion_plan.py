@@ -86,7 +86,10 @@ def _method(asked: CompletionRequest) -> Method:
 
 
 def generation(generator: TextGenerator, plan: Plan) -> Generator[str, None, Finished]:
-    """The pieces of the answer. Raises ValueError, also after its start, for what does not fit the model."""
+    """The pieces of the answer, one a token, "" among them.
+
+    Raises ValueError, also after its start, for what does not fit the model.
+    """
     with generator.stream(
         plan.prompt,
         implementation=plan.implementation,
@@ -95,6 +98,6 @@ def generation(generator: TextGenerator, plan: Plan) -> Generator[str, None, Fin
         sampling=plan.sampling,
         stop=plan.stop,
     ) as stream:
-        yield from stream
+        yield from stream.steps()
     assert stream.result is not None
     return Finished(stream.result, prompt_pieces(generator.tokenizer, plan.prompt) if plan.return_kept else None)

@@ -2,11 +2,20 @@
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from cab_attention.attention_switch import SWITCHABLE
-from cab_attention.budget import Budget
+from cab_attention.budget import LARGEST, Budget
 from cab_attention.method_options import method_classes
+from cab_attention.text_generation import check_unicode
 
 Name = Annotated[str, Field(max_length=200)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
@@ -18,9 +27,21 @@ def _known_budget(budget: Any) -> Any:
     return budget
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-# A list of one: more are refused with a message of their own.
-ONE = Field(min_length=1, json_schema_extra={"maxItems": 1})
+def _at_most(limit: int) -> BeforeValidator:
+    """Of an object's entries, counted before any is looked at: an error for each would take far more than the body."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > limit:
+            raise ValueError(f"at most {limit} entries are allowed")
+        return given
+
+    return BeforeValidator(check)
+
+
+# The first error in a list is enough: a body may hold a million.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+# A list of one: a few more are refused with a message of their own.
+ONE = Field(min_length=1, max_length=1000, fail_fast=True, json_schema_extra={"maxItems": 1})
 Prompt = str | TokenIds | Annotated[list[str], ONE] | Annotated[list[TokenIds], ONE]
 BudgetField = Annotated[
     int | float | str,
@@ -28,7 +49,7 @@ BudgetField = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1},
+                {"type": "integer", "minimum": 1, "maximum": LARGEST},
                 {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
                 {"const": "full"},
             ]
@@ -59,11 +80,11 @@ class CompletionRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         None, description="Default: drawn, and told in the answer."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="Strings that end the answer."
     )
     stream: bool | None = Field(False, description="Server-sent events, ended by `data: [DONE]`.")
-    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
+    stream_options: Annotated[StreamOptions, _at_most(32)] | None = Field(None, description="With `stream` only.")
     user: Name | None = Field(None, description="Not looked at.")
 
     attention_implementation: Name | None = Field("cab", json_schema_extra={"enum": [*SWITCHABLE, None]})
@@ -74,7 +95,7 @@ class CompletionRequest(BaseModel):
         None,
         description="Tokens that a method keeps a layer and KV head, a fraction of the prompt, or full. Default: 128.",
     )
-    method_options: dict[Name, int | float | bool | Name | None] | None = Field(
+    method_options: Annotated[dict[Name, int | float | bool | Name | None], _at_most(32)] | None = Field(
         None, description="As /v1/methods lists them."
     )
     return_kept: bool | None = Field(
@@ -86,9 +107,21 @@ class CompletionRequest(BaseModel):
     echo: Literal[False] | None = Field(False, description="Not supported.")
     logprobs: None = Field(None, description="Not supported.")
     suffix: None = Field(None, description="Not supported.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0), _at_most(0)] | None = Field(
+        None, description="Not supported."
+    )
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0, description="Not supported.")
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0, description="Not supported.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_parameter(cls, given: Any) -> Any:
+        """Of unknown parameters the first is enough to refuse it; each would be an error of its own."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        first = next((name for name in given if name not in known), None)
+        return {name: value for name, value in given.items() if name == first or name in known}
 
     @property
     def one_prompt(self) -> str | list[int]:
@@ -98,8 +131,8 @@ class CompletionRequest(BaseModel):
             if len(prompt) > 1:
                 raise ValueError("several prompts in one request are not supported, send one request for each")
             prompt = prompt[0]
-        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ValueError("the prompt is not valid Unicode: it has half of a surrogate pair")
+        if isinstance(prompt, str):
+            check_unicode(prompt)
         return cast(str | list[int], prompt)
 
     @property

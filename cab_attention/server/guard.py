@@ -1,5 +1,6 @@
 """What every request must pass before anything looks at it: host, API key, content type and size of its body."""
 
+import asyncio
 import hmac
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from cab_attention.server.page_files import PAGE_PATHS
 from cab_attention.server.settings import Settings
 
 OPEN_PATHS = {*PAGE_PATHS, "/health"}  # without a key: nothing of the model in them
+BODY_SECONDS = 30  # for the whole of a request's body
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -21,7 +23,7 @@ HEADERS = {
 
 
 class Guard:
-    """Refuses a request, or lets it through with its body counted; adds the security headers to every answer."""
+    """Refuses a request, or lets it through, its body counted and timed; adds the security headers to every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings, json_paths: Collection[str]) -> None:
         self.app = app
@@ -63,17 +65,28 @@ class Guard:
 
     def _counted(self, receive: Receive) -> Receive:
         n_bytes, limit = 0, self.settings.max_body_bytes
+        deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def in_time() -> Message:
+            nonlocal n_bytes, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                error = f"the body did not come within {BODY_SECONDS} seconds"
+                raise ApiError(408, error, code="body_too_slow", headers={"Connection": "close"}) from None
+            n_bytes += len(message.get("body", b""))
+            if not message.get("more_body"):
+                deadline = None  # what comes next is that the client goes away
+            return message
 
         async def counting() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
+            message = await in_time()
             if n_bytes <= limit:
                 return message
             # As much again is read and dropped: a client that is cut off while it sends may never read the answer.
             while message.get("more_body") and n_bytes <= 2 * limit:
-                message = await receive()
-                n_bytes += len(message.get("body", b""))
+                message = await in_time()
             error = f"the body is too large, allowed are {limit} bytes"
             raise ApiError(413, error, code="body_too_large", headers={"Connection": "close"})
 

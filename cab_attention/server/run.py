@@ -6,18 +6,24 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
+MORE_CONNECTIONS = 64  # than may wait in the queue: to be told that it is full, and for the page and /health
 GRACE_SECONDS = 5  # at a shutdown, for clients to read the end of their answers
 
 
 def take_address(host: str, port: int) -> socket.socket:
-    """A socket that is bound; port 0 takes a free one. Raises ValueError where that cannot be."""
+    """A socket that listens, so that no other can; port 0 takes a free one. Raises ValueError where that cannot be."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port={port}, allowed is 0 to 65535 (0: a free one)")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         taken = socket.socket(family)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        try:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+            taken.listen()
+        except OSError:
+            taken.close()
+            raise
     except OSError as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     return taken
@@ -37,6 +43,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            limit_concurrency=app.state.worker.max_queue + MORE_CONNECTIONS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         super().__init__(config)

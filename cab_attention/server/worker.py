@@ -25,6 +25,10 @@ class CancelledError(Exception):
     """The job was cancelled."""
 
 
+class PanicError(Exception):
+    """A generator raised what is no Exception, such as a panic in Rust code; its traceback says where."""
+
+
 @dataclass(frozen=True)
 class _End(Generic[R]):
     result: R
@@ -33,8 +37,9 @@ class _End(Generic[R]):
 class Job(Generic[R]):
     """A generator that the worker runs, seen from the event loop: iterate over its pieces, then read `result`.
 
-    Iterating raises what the generator raised, `CancelledError` or `ShuttingDownError`. Cancelling frees its place in
-    the queue at once; once it runs, what it holds is freed after the piece at which it is.
+    Empty pieces are passed over: a generator gives them so that it can be cancelled there. Iterating raises what the
+    generator raised, `PanicError`, `CancelledError` or `ShuttingDownError`. Cancelling frees its place in the queue at
+    once; once it runs, what it holds is freed after the piece at which it is.
 
     Attributes:
         result: what the generator returned, after its last piece.
@@ -73,15 +78,18 @@ class Job(Generic[R]):
         self.queue_ms = (perf_counter() - self._submitted) * 1e3
         try:
             while not self.stopped:
-                self.post(next(work))
+                if piece := next(work):
+                    self.post(piece)
+            work.close()
             return CancelledError()
         except StopIteration as end:
             return _End(end.value)
         except Exception as error:
             _release_frames(error)
             return error
-        finally:
-            work.close()
+        except BaseException as error:  # the thread must outlive it; raised in an event loop it would end that
+            _release_frames(error)
+            return PanicError().with_traceback(error.__traceback__)
 
     def post(self, event: "str | _End[R] | Exception") -> None:
         """Hand an event to who iterates, from any thread."""
@@ -150,13 +158,16 @@ class Worker:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            event = job.run()
-            with self._changed:
-                self._running = None  # before the answer: who has it may come again at once
-                if not job.stopped:
-                    job.post(event)
-            del job, event
+        try:
+            while (job := self._next()) is not None:
+                event = job.run()
+                with self._changed:
+                    self._running = None  # before the answer: who has it may come again at once
+                    if not job.stopped:
+                        job.post(event)
+                del job, event
+        finally:
+            self.stop()  # should the thread itself fail, nobody waits for it
 
     def _next(self) -> Job | None:
         with self._changed:

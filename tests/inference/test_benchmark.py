@@ -163,6 +163,15 @@ def test_an_implementation_that_is_not_here(llama: AttentionBenchmark):
             run()
 
 
+def test_lengths_are_checked_before_the_first_run(llama: AttentionBenchmark, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TextGenerator, "generate", None)
+    for options in ({}, {"max_tokens": 13}):
+        with pytest.raises(ValueError, match=r"a prompt of 500 tokens and max_tokens=1[36] do not fit"):
+            llama.scaling(TEXT, [16, 500, 32], **options)
+        with pytest.raises(ValueError, match="do not fit into the model's context of 512 tokens"):
+            llama.sequence_length_scaling("cab", TEXT, [16, 500], **options)
+
+
 def test_mistakes(llama: AttentionBenchmark):
     model = llama.generator.model
     with pytest.raises(ValueError, match="'nonsense' is unknown"):

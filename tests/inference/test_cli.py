@@ -163,6 +163,9 @@ def test_selftest_finds_a_broken_operator(monkeypatch: pytest.MonkeyPatch, broke
         (["selftest", "--device", "cuda:99"], "device 'cuda:99', allowed is cpu or cuda"),
         (["benchmark", "--plot", "a.doc"], "plot 'a.doc', allowed is a file that ends in .svg"),
         (["benchmark", "--max-tokens", "0"], "prompts of up to 0 tokens"),
+        (["benchmark", "--max-tokens", "4600"], "--max-tokens 4600 and --new-tokens 16 do not fit into the model's"),
+        (["generate", "--text", "caf\udcff"], "the prompt is not valid UTF-8"),
+        (["flash", "--file", sys.executable], "the prompt is not valid UTF-8"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str):

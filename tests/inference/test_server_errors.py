@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cab_attention import TextGenerator, load_text_generator
+from cab_attention.server import guard
+from cab_attention.server.completion_request import CompletionRequest
 from cab_attention.server.settings import Settings
 from tests.inference.serving import JSON, Reply, Served, serving
 
@@ -56,6 +59,8 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [387]}, None, "the model has 0 to 386"),
     ({"prompt": [10**40]}, None, "the model has 0 to 386"),
     ({"prompt": "a b " * 2400}, None, "do not fit into the model's context of 4608 tokens"),
+    ({"prompt": [[]] * 1500}, "prompt", "at least 1"),
+    ({"prompt": ["a"] * 1500}, "prompt", "at most 1000"),
     ({"prompt": "a\ud800"}, "prompt", "not valid Unicode"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 101}, "max_tokens", "at most 100"),
@@ -84,6 +89,11 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"method": "h2o", "budget": 1.5}, "budget", "is not a budget"),
     ({"method": "h2o", "budget": "some"}, "budget", "is not a budget"),
     ({"method": "h2o", "budget": True}, "budget", "valid"),
+    ({"method": "h2o", "budget": 10**40}, "budget", "is not a budget"),
+    ({"method": "snapkv", "method_options": {"window": 2**31}}, "method", "an integer <= 2147483647"),
+    ({"method": "cab", "method_options": {"local_ratio": 10**400}}, "method", "a number"),
+    ({"method": "expected_attention", "method_options": {"n_future": 65537}}, "method", "an integer <= 65536"),
+    ({"method": "h2o", "method_options": {str(n): [] for n in range(33)}}, "method_options", "at most 32 entries"),
     ({"budget": 8}, "budget", "without a method"),
     ({"method": "h2o", "method_options": {"window": 3}}, "method", "has no option 'window'"),
     ({"method": "snapkv", "method_options": {"window": "x"}}, "method", "window='x'"),
@@ -107,6 +117,25 @@ def test_bad_requests(server: Served, stream: bool):
         assert (error["param"], error["type"]) == (param, "invalid_request_error"), (changes, error)
         assert len(error["message"]) <= 500
     assert answers(server)
+
+
+MANY: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": [[]] * 100_000}, "prompt"),
+    ({"prompt": [[0.5] * 100_000]}, "prompt"),
+    ({"stop": [1] * 100_000}, "stop"),
+    ({"method_options": {str(n): [] for n in range(100_000)}}, "method_options"),
+    ({"stream_options": {str(n): 1 for n in range(100_000)}}, "stream_options"),
+    ({"logit_bias": {str(n): [] for n in range(100_000)}}, "logit_bias"),
+    ({str(n): 1 for n in range(100_000)}, "0"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), MANY, ids=[f"{param} {i}" for i, (_, param) in enumerate(MANY)])
+def test_many_mistakes_are_not_all_described(body: dict[str, Any], param: str):
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": PROMPT, **body})
+    assert caught.value.error_count() < 10
+    assert all(error["loc"][0] == param for error in caught.value.errors())
 
 
 def test_other_models_are_not_found(server: Served):
@@ -156,6 +185,19 @@ def test_large_bodies(server: Served):
     assert answers(server)
 
 
+def test_slow_bodies(server: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(f"POST /completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n".encode())
+        raw.sendall(b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+        raw.settimeout(30)
+        answer = b""
+        while part := raw.recv(1000):  # to the end: it is hung up
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408") and b"body_too_slow" in answer
+    assert answers(server)
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::2]", "local host", "["]
 )
@@ -188,6 +230,10 @@ def test_security_headers(server: Served):
         assert "Access-Control-Allow-Origin" not in reply.headers and "Server" not in reply.headers
 
 
+class Panic(BaseException):
+    """As a tokenizer's Rust code raises."""
+
+
 class Broken(TextGenerator):
     """Fails as it is told in the prompt, before the first piece or after it."""
 
@@ -195,7 +241,8 @@ class Broken(TextGenerator):
         stream = super().stream(prompt, **options)
         if not isinstance(prompt, str) or "fail" not in prompt:
             return stream
-        error = FloatingPointError("logits") if "numbers" in prompt else RuntimeError(f"{SECRET} {prompt}\nsecond line")
+        kind = Panic if "panic" in prompt else RuntimeError
+        error = FloatingPointError("logits") if "numbers" in prompt else kind(f"{SECRET} {prompt}\nsecond line")
         if "late" not in prompt:
             raise error
 
@@ -214,6 +261,7 @@ def test_failures(engine: TextGenerator, caplog: pytest.LogCaptureFixture, capfd
             ("fail", "the server failed"),
             ("fail numbers", "not numbers"),
             ("fail late", "failed"),
+            ("fail panic", "failed"),
         ):
             for stream in (False, True):
                 reply = served.complete(prompt=f"{SECRET} {prompt} {PROMPT}", stream=stream, temperature=0)
@@ -230,7 +278,7 @@ def test_failures(engine: TextGenerator, caplog: pytest.LogCaptureFixture, capfd
         error_of(served.complete(prompt=SECRET, method=SECRET), 400)
         error_of(served.get(f"/{SECRET}?{SECRET}"), 404)
         assert answers(served)
-        assert served.metric('cab_attention_completions_total{end="failed",method="full"}') == 6
+        assert served.metric('cab_attention_completions_total{end="failed",method="full"}') == 8
         assert served.metric('cab_attention_completions_total{end="refused",method="full"}') == 1
     logged = caplog.text + "".join(capfd.readouterr())
     assert "RuntimeError" in logged and "test_server_errors.py" in logged  # what and where

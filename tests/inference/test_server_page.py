@@ -156,6 +156,12 @@ def test_mistakes_are_explained_and_answers_stopped(browser: Browser, engine: Te
     browser.click("#run")
     browser.click("#stop")
     browser.until("document.getElementById('status').textContent === 'Stopped.'")
+    browser.click("#run")
+    browser.run("document.getElementById('form').requestSubmit()")  # as Ctrl+Enter does; it ends the one before
+    state = "[document.getElementById('status').textContent, document.getElementById('run').disabled]"
+    status, disabled = browser.run(f"return {state}")
+    assert (status.startswith("Answering") and disabled) or status.startswith("Done")
+    browser.until(DONE)
     with serving(engine, api_key="key") as locked:
         browser.open(locked.url)
         browser.until("document.getElementById('key').checkVisibility()")

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from cab_attention import load_text_generator
 from cab_attention.method_options import make_method
+from cab_attention.server.run import take_address
 from cab_attention_cli import app
 from tests.inference.serving import JSON, serving
 
@@ -38,6 +39,15 @@ def test_mistakes_are_told_before_a_model_is_loaded():
     unset = "Error: the environment variable UNSET_KEY is not set: it should hold the API key\n"
     assert run(*missing, "--api-key-env", "UNSET_KEY") == (2, unset)
     assert run(*missing, "--host", "203.0.113.1")[1].startswith("Error: cannot listen on 203.0.113.1, port 8000: ")
+
+
+def test_an_address_is_taken_once():
+    with take_address("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        code, printed = run("--model", "no-such-model", "--port", str(port))
+        assert code == 2 and printed.startswith(f"Error: cannot listen on 127.0.0.1, port {port}: ")
+        assert len(printed.splitlines()) == 1
+    take_address("127.0.0.1", port).close()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):

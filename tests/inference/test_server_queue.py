@@ -3,17 +3,20 @@
 import asyncio
 import gc
 import json
+import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from cab_attention import EvictingCache, TextGenerator, load_text_generator, text_generation
-from cab_attention.server.worker import CancelledError, Job, QueueFullError, ShuttingDownError, Worker
+from cab_attention.server.run import MORE_CONNECTIONS
+from cab_attention.server.worker import CancelledError, Job, PanicError, QueueFullError, ShuttingDownError, Worker
 from tests.inference.serving import JSON, Endless, Served, serving
 
 PROMPT = "Ada Kern's badge is silver fox. Ada Kern's badge is"
@@ -99,6 +102,16 @@ def test_a_full_queue(held: Held, server: Served):
         held.go.set()
         assert [answer.result().status for answer in answers] == [200, 200, 200]
     assert server.complete(prompt=PROMPT, max_tokens=2).status == 200
+
+
+def test_connections_are_bounded(engine: TextGenerator):
+    with serving(engine, max_queue=0) as served, ExitStack() as idle:
+        assert served.get("/health").status == 200
+        for _ in range(MORE_CONNECTIONS):
+            idle.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+        until(lambda: served.get("/health").status == 503)
+        idle.close()
+        until(lambda: served.get("/health").status == 200)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -220,6 +233,92 @@ def test_the_worker():
     assert not worker.is_alive
     closed = [line for line in log if line.startswith("closed")]
     assert [line for line in closed if line != "closed 10"] == ["closed 3", "closed 5", "closed 7", "closed 9"]
+
+
+class Panic(BaseException):
+    """As a tokenizer's Rust code raises."""
+
+
+def test_the_worker_outlives_what_is_no_exception():
+    worker, gate = Worker(1), threading.Event()
+    worker.start()
+
+    def panicking() -> Generator[str, None, None]:
+        yield "a"
+        raise Panic
+
+    def panicking_when_closed() -> Generator[str, None, None]:
+        try:
+            while True:
+                yield ""
+                gate.set()
+        finally:
+            raise Panic
+
+    async def scenario() -> None:
+        with pytest.raises(PanicError):
+            await collected(worker.submit(panicking()))
+        job = worker.submit(panicking_when_closed())
+        while not gate.is_set():
+            await asyncio.sleep(0.001)
+        job.cancel()
+        with pytest.raises(CancelledError):
+            await collected(job)
+        assert await collected(worker.submit(numbers(2, []))) == ["0", "1"]
+
+    asyncio.run(scenario())
+    worker.stop()
+    worker.join(PATIENCE)
+    assert not worker.is_alive
+
+
+def test_nobody_waits_for_a_worker_that_failed(monkeypatch: pytest.MonkeyPatch):
+    def broken(job: Job) -> None:
+        raise Panic
+
+    monkeypatch.setattr(Job, "run", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda failed: None)  # pytest's own tells of it
+    worker = Worker(2)
+
+    async def scenario() -> None:
+        jobs = [worker.submit(numbers(1, [])) for _ in range(2)]
+        worker.start()
+        for job in jobs:
+            with pytest.raises(ShuttingDownError):
+                await asyncio.wait_for(collected(job), PATIENCE)
+        with pytest.raises(ShuttingDownError):
+            worker.submit(numbers(1, []))
+
+    asyncio.run(scenario())
+    worker.join(PATIENCE)
+    assert not worker.is_alive
+
+
+def test_empty_pieces_are_only_for_cancelling():
+    """A generator that completes no text for long ends as soon as it is cancelled."""
+    worker, closed = Worker(0), threading.Event()
+    worker.start()
+
+    def silent() -> Generator[str, None, None]:
+        try:
+            yield "a"
+            while True:
+                yield ""
+        finally:
+            closed.set()
+
+    async def scenario() -> None:
+        job = worker.submit(silent())
+        pieces = aiter(job)
+        assert await anext(pieces) == "a"
+        job.cancel()
+        with pytest.raises(CancelledError):
+            await anext(pieces)
+
+    asyncio.run(scenario())
+    assert closed.wait(PATIENCE)
+    worker.stop()
+    worker.join(PATIENCE)
 
 
 def test_a_place_is_free_when_its_answer_is_there():

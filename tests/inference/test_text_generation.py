@@ -204,6 +204,7 @@ def test_a_failing_forward_leaves_the_model_as_it_was(llama: TextGenerator, monk
         ({"stop": [""]}, "stop="),
         ({"prompt": []}, "the prompt is empty"),
         ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "caf\udcff"}, "not valid Unicode"),
         ({"prompt": [5, 260]}, "token ids from 5 to 260, the model has 0 to 259"),
         ({"prompt": [-1]}, "token ids from -1"),
     ],
@@ -221,6 +222,15 @@ def test_flash_attention_without_a_gpu(llama: TextGenerator):
         ValueError, match=r"'flash_attention_2' needs an NVIDIA GPU.*pip install 'cab-attention\[flash\]'"
     ):
         llama.stream(PROMPT, implementation="flash_attention_2")
+
+
+def test_steps_give_control_back_after_every_token(llama: TextGenerator):
+    stream = llama.stream(PROMPT, max_tokens=NEW, stop=["never"])
+    steps = list(stream.steps())
+    assert stream.result is not None and len(steps) >= stream.result.completion_tokens == NEW and "" in steps
+    pieces = list(llama.stream(PROMPT, max_tokens=NEW, stop=["never"]))
+    assert "" not in pieces and pieces == [step for step in steps if step]
+    assert "".join(pieces) == stream.result.text
 
 
 def test_methods_that_do_not_fit_the_model():

@@ -174,11 +174,14 @@ async function run() {
     await answer(mine.signal);
     byId("status").textContent = `Done in ${duration(performance.now() - started)}.`;
   } catch (error) {
+    if (running !== mine) return; // the page is another run's by now
     byId("status").textContent = mine.signal.aborted ? "Stopped." : "";
     if (!mine.signal.aborted) explain(error);
   } finally {
-    byId("run").disabled = false;
-    byId("stop").disabled = true;
+    if (running === mine) {
+      byId("run").disabled = false;
+      byId("stop").disabled = true;
+    }
   }
 }
 
